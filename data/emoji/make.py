@@ -1,7 +1,7 @@
 """Draw the emoji data set of this folder: every fully-qualified emoji but the skin-tone variants, with its CLDR name.
 
     python data/emoji/make.py            writes emoji-000000.tar, emoji-000001.tar ... beside this file
-    python data/emoji/make.py --check    draws again and compares with the shards that lie there; exit code 1 on a difference
+    python data/emoji/make.py --check    draws again and compares with the shards here; exit code 1 if they differ
 
 Needs Pillow with complex layout and the Debian packages named in `SOURCES`; installs nothing and says what is missing.
 Same package versions, same pictures and texts; the same bytes too when Pillow compresses with the same zlib.
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import PIL
 from PIL import Image, ImageFont, features
 
 HERE = Path(__file__).resolve().parent
@@ -94,7 +95,7 @@ def missing() -> list[str]:
 
 def versions() -> str:
     """Versions of everything the result depends on, in one line."""
-    parts = [f"Pillow {Image.__version__}", *(f"{name} {features.version(name)}" for name in ("raqm", "zlib"))]
+    parts = [f"Pillow {PIL.__version__}", *(f"{name} {features.version(name)}" for name in ("raqm", "zlib"))]
     for package in sorted(set(SOURCES.values())):
         query = ["dpkg-query", "-W", "-f", "${Package} ${Version}", package]
         try:
@@ -140,34 +141,33 @@ class Pen:
     def __init__(self) -> None:
         self.font = ImageFont.truetype(FONT, STRIKE, layout_engine=ImageFont.Layout.RAQM)
         self.advance = self.font.getlength("\U0001f600")  # the same for every glyph of the font
-        self.stand_ins = {self.cell(text).tobytes() for text in STAND_INS}
+        self.stand_ins = [self.cell(text) for text in STAND_INS]
 
-    def cell(self, text: str) -> Image.Image:
-        """The glyph's whole bitmap, RGBA with straight alpha, 136 x 128."""
+    def cell(self, text: str) -> bytes | None:
+        """The glyph's whole bitmap as RGBA bytes with straight alpha, 136 x 128; none where the font has no bitmap."""
         bitmap, _ = self.font.getmask2(text, mode="RGBA")
+        if bitmap.size != CELL:
+            return None
         # Not ImageDraw.text: on a transparent canvas it leaves the edge colours multiplied by alpha, that is, dark.
         canvas = Image.new("RGBA", CELL)
-        if all(bitmap.size):
-            canvas.im.paste(bitmap, (0, 0, *bitmap.size))
-        return canvas
+        canvas.im.paste(bitmap, (0, 0, *CELL))
+        return canvas.tobytes()
 
     def draw(self, text: str) -> Image.Image | str:
         """The 128 x 128 RGBA picture, or the reason why the font has no single glyph for this text."""
         glyphs = self.font.getlength(text) / self.advance
         if glyphs != 1:
             return f"shaped to {glyphs:g} glyphs"
-        if self.font.getmask2(text, mode="RGBA")[0].size != CELL:
-            return "not a bitmap of the strike's size"
         cell = self.cell(text)
-        if cell.getchannel("A").getbbox() is None or cell.tobytes() in self.stand_ins:
+        if cell is None or cell in self.stand_ins:
             return "not in the font"
         parts = text.replace(VARIATION_SELECTOR, "")
-        if len(parts) > 1 and any(cell.tobytes() == self.cell(part).tobytes() for part in parts):
+        if len(parts) > 1 and any(cell == self.cell(part) for part in parts):
             return "drawn as one of its parts"
-        left, right = cell.crop((0, 0, MARGIN, SIZE)), cell.crop((CELL[0] - MARGIN, 0, *CELL))
-        if left.getchannel("A").getbbox() or right.getchannel("A").getbbox():
-            return "wider than the picture"
-        return cell.crop((MARGIN, 0, MARGIN + SIZE, SIZE))  # pixels of the font, untouched: nothing is resampled
+        bitmap = Image.frombytes("RGBA", CELL, cell)
+        picture = bitmap.crop((MARGIN, 0, MARGIN + SIZE, SIZE))  # the font's own pixels: nothing is resampled
+        bitmap.paste((0, 0, 0, 0), (MARGIN, 0, MARGIN + SIZE, SIZE))
+        return picture if bitmap.getchannel("A").getbbox() is None else "wider than the picture"
 
 
 def png(picture: Image.Image) -> bytes:
