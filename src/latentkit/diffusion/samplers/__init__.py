@@ -1,0 +1,1 @@
+"""Samplers: pure functions from a denoiser and sigmas to an iterator of steps."""

@@ -1,0 +1,26 @@
+"""Encoders of conditions: a batch key, a network, and the slots that its answer fills."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from latentkit.model.conditioning import Conditioning
+
+
+class Conditioner(Protocol):
+    """What every conditioner is: called with one value per picture it gives their rows."""
+
+    batch_key: str
+    context_width: int
+    vector_width: int
+
+    def absent(self, count: int) -> Sequence[Any]:
+        """The values that stand for "no condition", for condition dropout and for guidance."""
+        ...
+
+    def __call__(self, values: Sequence[Any]) -> Conditioning:
+        """Rows for the values."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What rebuilds it besides its config and weights."""
+        ...

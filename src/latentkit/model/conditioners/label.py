@@ -1,0 +1,61 @@
+"""Classes by a learned embedding, the last row standing for "no class"."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from latentkit.errors import InputError, nearest
+from latentkit.model.conditioning import Conditioning
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """The shape of a class embedding."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    width: int = 256
+
+
+class LabelConditioner(nn.Module):
+    """Class names to one context token and to the vector slot (Rombach et al. 2022, section 4.3.1)."""
+
+    batch_key = "label"
+
+    def __init__(self, config: LabelConfig, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.classes = tuple(classes)
+        self._index: dict[str | None, int] = {name: i for i, name in enumerate(self.classes)}
+        self._index[None] = len(self.classes)
+        self.embedding = nn.Embedding(len(self.classes) + 1, config.width)
+
+    @property
+    def context_width(self) -> int:
+        """Width of the context token it makes."""
+        return self.config.width
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the vector it makes."""
+        return self.config.width
+
+    def absent(self, count: int) -> list[None]:
+        """What stands for "no class"."""
+        return [None] * count
+
+    def forward(self, labels: Sequence[str | None]) -> Conditioning:
+        """Rows for the class names; None is no class. InputError names an unknown class."""
+        for label in labels:
+            if label not in self._index:
+                raise InputError(f"class {label!r} is unknown; {nearest(str(label), self.classes)}", exit_code=2)
+        rows = torch.tensor([self._index[label] for label in labels], device=self.embedding.weight.device)
+        embedded = self.embedding(rows)
+        return Conditioning(context=embedded[:, None, :], vector=embedded)
+
+    def state(self) -> dict[str, Any]:
+        """What rebuilds it, for the model file."""
+        return {"classes": list(self.classes)}

@@ -1,0 +1,53 @@
+"""Conditioning: what a denoiser is told, in three slots."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Rows for `b` pictures: `context` `b n d` (with boolean `mask` `b n`), `vector` `b v`, `concat` `b c h w`.
+
+    `extras` hold what one adapter named for itself. Slots are None where a model has none.
+    """
+
+    context: Tensor | None = None
+    mask: Tensor | None = None
+    vector: Tensor | None = None
+    concat: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def _slots(self) -> dict[str, Tensor]:
+        named = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extras"}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def take(self, rows: Tensor | slice) -> "Conditioning":
+        """The conditioning of some of the pictures."""
+        extras = {name: value[rows] for name, value in self.extras.items()}
+        return Conditioning(extras=extras, **{name: value[rows] for name, value in self._slots().items()})
+
+    def to(self, device: torch.device) -> "Conditioning":
+        """The same on another device."""
+        extras = {name: value.to(device) for name, value in self.extras.items()}
+        return Conditioning(extras=extras, **{name: value.to(device) for name, value in self._slots().items()})
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """The rows of all `parts` one after another; all have the same slots."""
+        first = parts[0]
+        slots = {name: torch.cat([getattr(p, name) for p in parts]) for name in first._slots()}
+        return Conditioning(extras={name: torch.cat([p.extras[name] for p in parts]) for name in first.extras}, **slots)
+
+
+def merge(parts: Sequence[Conditioning]) -> Conditioning:
+    """The answers of several conditioners as one: contexts one after another, vectors side by side."""
+
+    def joined(name: str, dim: int) -> Tensor | None:
+        values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        return torch.cat(values, dim) if values else None
+
+    extras = {name: value for part in parts for name, value in part.extras.items()}
+    return Conditioning(joined("context", 1), joined("mask", 1), joined("vector", 1), joined("concat", 1), extras)

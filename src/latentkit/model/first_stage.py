@@ -1,0 +1,65 @@
+"""FirstStage: pixels to model latents and back; the only owner of latent scaling."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.bottleneck import posterior
+
+
+class FirstStage(nn.Module):
+    """Three stations: pixels in [-1, 1], raw latents (the autoencoder's), model latents (mean 0, deviation 1).
+
+    `config` None is the identity first stage: pixel-space diffusion through the same code.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: AutoencoderConfig | None, picture_channels: int) -> None:
+        super().__init__()
+        self.autoencoder = Autoencoder(config) if config else None
+        self.picture_channels = picture_channels
+        self.latent_channels = config.latent_channels if config else picture_channels
+        self.downsampling = config.downsampling if config else 1
+        self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
+        self.register_buffer("latent_std", torch.ones(self.latent_channels))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the autoencoder computes in."""
+        return next(self.autoencoder.parameters()).dtype if self.autoencoder else torch.float32
+
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Fix mean and deviation `c` of the raw latents over the whole data set."""
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def moments(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z hl wl"]:
+        """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (the pixels twice for the identity)."""
+        if self.autoencoder is None:
+            return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1).float()
+        return torch.cat(self.autoencoder.encode(pixels.to(self.dtype)), dim=1)
+
+    def from_moments(
+        self, moments: Float[Tensor, "b z h w"], noise: Float[Tensor, "b c h w"] | None = None
+    ) -> Float[Tensor, "b c h w"]:
+        """Model latents: a posterior sample with `noise`, or its mean."""
+        raw = posterior(moments)
+        return self.standardise(raw.mean if noise is None or self.autoencoder is None else raw.sample(noise))
+
+    def standardise(self, raw: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Raw latents to model latents."""
+        return (raw - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+
+    def encode(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z hl wl"]:
+        """Pixels to model latents (the posterior's mean)."""
+        return self.from_moments(self.moments(pixels))
+
+    def decode(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c hp wp"]:
+        """Model latents to pixels, float32, not clamped."""
+        raw = z.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        if self.autoencoder is None:
+            return raw
+        return self.autoencoder.decode(raw.to(self.dtype)).float()

@@ -1,0 +1,157 @@
+"""The bare autoencoder of the first stage: pixels to raw latents and back."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from latentkit.errors import InputError
+from latentkit.nets.attention import PixelAttention
+from latentkit.nets.bottleneck import Posterior, posterior
+from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """The shape of an autoencoder; Stable Diffusion's is the default with `stem` 1."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    picture_channels: int = 3
+    latent_channels: int = 4
+    channels: int = 128
+    """Width of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """Width of each level as a multiple of `channels`; each level but the last halves height and width."""
+    blocks: int = 2
+    """Residual blocks per level of the encoder (the decoder has one more)."""
+    stem: int = 1
+    """Pixels per side that are folded into channels before the first convolution (pixel unshuffle)."""
+    attention: bool = True
+    """One attention over pixels in the middle."""
+
+    def __post_init__(self) -> None:
+        if self.stem not in (1, 2, 4, 8, 16, 32):
+            raise InputError(f"autoencoder stem is {self.stem}; allowed are 1, 2, 4, 8, 16 and 32")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per latent cell, per side."""
+        return int(self.stem * 2 ** (len(self.multipliers) - 1))
+
+
+def _block(c_in: int, c_out: int) -> ResidualBlock:
+    return ResidualBlock(c_in, c_out, eps=1e-6)
+
+
+class Level(nn.Module):
+    """One resolution: its residual blocks and the step to the next (down in the encoder, up in the decoder)."""
+
+    def __init__(self, blocks: list[ResidualBlock], resample: nn.Module | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b c_in h w -> b c_out h' w'`."""
+        for block in self.blocks:
+            x = block(x)
+        return x if self.resample is None else self.resample(x)
+
+
+class Middle(nn.Module):
+    """Residual block, attention over pixels, residual block."""
+
+    def __init__(self, channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block_in = _block(channels, channels)
+        self.attention = PixelAttention(channels) if attention else None
+        self.block_out = _block(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`b c h w -> b c h w`."""
+        x = self.block_in(x)
+        return self.block_out(x if self.attention is None else self.attention(x))
+
+
+class Encoder(nn.Module):
+    """Pixels to moments before the last 1x1 convolution: `b c h w -> b 2z h/f w/f`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.stem = config.stem
+        width = config.channels
+        self.conv_in = nn.Conv2d(config.picture_channels * config.stem**2, width, 3, padding=1)
+        widths = [width * multiplier for multiplier in config.multipliers]
+        levels, current = [], width
+        for index, out in enumerate(widths):
+            blocks = [_block(current if i == 0 else out, out) for i in range(config.blocks)]
+            levels.append(Level(blocks, Downsample(out, asymmetric=True) if index < len(widths) - 1 else None))
+            current = out
+        self.levels = nn.ModuleList(levels)
+        self.middle = Middle(current, config.attention)
+        self.norm_out = group_norm(current, 1e-6)
+        self.conv_out = nn.Conv2d(current, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """See the class."""
+        h = self.conv_in(F.pixel_unshuffle(pixels, self.stem) if self.stem > 1 else pixels)
+        for level in self.levels:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """Raw latents after the first 1x1 convolution to pixels: `b z h w -> b c fh fw`."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.stem = config.stem
+        widths = [config.channels * multiplier for multiplier in reversed(config.multipliers)]
+        current = widths[0]
+        self.conv_in = nn.Conv2d(config.latent_channels, current, 3, padding=1)
+        self.middle = Middle(current, config.attention)
+        levels = []
+        for index, out in enumerate(widths):
+            blocks = [_block(current if i == 0 else out, out) for i in range(config.blocks + 1)]
+            levels.append(Level(blocks, Upsample(out) if index < len(widths) - 1 else None))
+            current = out
+        self.levels = nn.ModuleList(levels)
+        self.norm_out = group_norm(current, 1e-6)
+        self.conv_out = nn.Conv2d(current, config.picture_channels * config.stem**2, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """See the class."""
+        h = self.middle(self.conv_in(z))
+        for level in self.levels:
+            h = level(h)
+        h = self.conv_out(F.silu(self.norm_out(h)))
+        return F.pixel_shuffle(h, self.stem) if self.stem > 1 else h
+
+
+class Autoencoder(nn.Module):
+    """Encoder, KL bottleneck, decoder (Rombach et al. 2022, section 3.1 and appendix G)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        z = config.latent_channels
+        self.encoder = Encoder(config)
+        self.to_moments = nn.Conv2d(2 * z, 2 * z, 1)
+        self.from_latent = nn.Conv2d(z, z, 1)
+        self.decoder = Decoder(config)
+
+    def encode(self, pixels: Float[Tensor, "b c h w"]) -> Posterior:
+        """Pixels in [-1, 1] to the posterior over raw latents; height and width multiples of the downsampling."""
+        factor, channels = self.config.downsampling, self.config.picture_channels
+        if pixels.shape[1] != channels or pixels.shape[2] % factor or pixels.shape[3] % factor:
+            raise InputError(
+                f"the autoencoder got pictures of {pixels.shape[1]} channels, {pixels.shape[3]}x{pixels.shape[2]} px; "
+                f"it takes {channels} channels and sides that are multiples of {factor}"
+            )
+        return posterior(self.to_moments(self.encoder(pixels)))
+
+    def decode(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c hp wp"]:
+        """Raw latents to pixels, about [-1, 1], not clamped."""
+        return self.decoder(self.from_latent(z))  # type: ignore[no-any-return]

@@ -1,0 +1,193 @@
+"""The time-conditional U-Net with its three condition slots: context, vector, concat."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from latentkit.errors import InputError
+from latentkit.nets.attention import SpatialTransformer
+from latentkit.nets.layers import Downsample, EmbeddingMLP, ResidualBlock, Upsample, group_norm, sinusoids, zeroed
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The shape of a U-Net; Stable Diffusion 1.x, 2.x and XL are values of it (`model/presets.py`)."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    channels_in: int = 4
+    """Channels of the latent, those of the concat slot included."""
+    channels_out: int = 4
+    channels: int = 320
+    """Width of the first level."""
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    """Width of each level as a multiple of `channels`; each level but the last halves height and width."""
+    blocks: int = 2
+    """Residual blocks per level going down (one more going up)."""
+    depth: tuple[int, ...] = (1, 1, 1, 0)
+    """Transformer blocks after each residual block, per level (0: no attention)."""
+    middle_depth: int = 1
+    heads: int | None = 8
+    """Attention heads; None: as many as `head_width` asks for."""
+    head_width: int | None = None
+    context_width: int | None = None
+    """Width of the context tokens; None: no cross-attention."""
+    vector_width: int | None = None
+    """Width of the vector slot; None: no such slot."""
+    linear_projection: bool = True
+    scale_shift: bool = False
+    """The embedding scales and shifts (AdaGN) instead of being added."""
+    embedding_width: int | None = None
+    """Width of the time embedding; None: 4 times `channels`."""
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.depth) != len(self.multipliers):
+            raise InputError(
+                f"U-Net depth {self.depth} and multipliers {self.multipliers} differ in length; give one depth per level"
+            )
+        if (self.heads is None) == (self.head_width is None):
+            raise InputError(f"U-Net has heads={self.heads} and head_width={self.head_width}; give exactly one of them")
+        for multiplier, depth in zip(self.multipliers, self.depth):
+            width = self.channels * multiplier
+            if depth and width % (self.heads or self.head_width or 1):
+                raise InputError(
+                    f"U-Net level of width {width} cannot be split into heads={self.heads or self.head_width}"
+                )
+
+    def head_count(self, width: int) -> int:
+        """Attention heads at a level of `width` channels."""
+        return self.heads if self.heads is not None else width // (self.head_width or width)
+
+
+class UNetBlock(nn.Module):
+    """A residual block and the transformer behind it, if any."""
+
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, embedding_width: int, depth: int) -> None:
+        super().__init__()
+        self.residual = ResidualBlock(
+            c_in, c_out, embedding_width, scale_shift=config.scale_shift, dropout=config.dropout
+        )
+        self.transformer = _transformer(config, c_out, depth) if depth else None
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+        """`b c_in h w -> b c_out h w`."""
+        x = self.residual(x, embedding)
+        return x if self.transformer is None else self.transformer(x, context, mask)
+
+
+def _transformer(config: UNetConfig, width: int, depth: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        width, config.head_count(width), depth, config.context_width, linear=config.linear_projection
+    )
+
+
+class DownLevel(nn.Module):
+    """One resolution going down: its blocks, then the step to the next."""
+
+    def __init__(self, blocks: list[UNetBlock], downsample: Downsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
+
+
+class UpLevel(nn.Module):
+    """One resolution going up: its blocks (each takes a skip), then the step to the next."""
+
+    def __init__(self, blocks: list[UNetBlock], upsample: Upsample | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.upsample = upsample
+
+
+class Middle(nn.Module):
+    """Residual block, transformer, residual block at the lowest resolution."""
+
+    def __init__(self, config: UNetConfig, width: int, embedding_width: int) -> None:
+        super().__init__()
+        self.block_in = UNetBlock(config, width, width, embedding_width, config.middle_depth)
+        self.block_out = UNetBlock(config, width, width, embedding_width, 0)
+
+
+class UNet(nn.Module):
+    """F(x, timestep, context, vector): the raw network of Rombach et al. 2022, section 3.3 and appendix E."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        width = config.channels
+        embedding_width = config.embedding_width or 4 * width
+        self.time_embedding = EmbeddingMLP(width, embedding_width)
+        self.vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
+        self.conv_in = nn.Conv2d(config.channels_in, width, 3, padding=1)
+        widths = [width * multiplier for multiplier in config.multipliers]
+        last = len(widths) - 1
+
+        current, skips, down = width, [width], []
+        for level, (out, depth) in enumerate(zip(widths, config.depth)):
+            blocks = []
+            for _ in range(config.blocks):
+                blocks.append(UNetBlock(config, current, out, embedding_width, depth))
+                current = out
+                skips.append(out)
+            if level < last:
+                skips.append(out)
+            down.append(DownLevel(blocks, Downsample(out) if level < last else None))
+        self.down = nn.ModuleList(down)
+        self.middle = Middle(config, current, embedding_width)
+        up = []
+        for level in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(config.blocks + 1):
+                blocks.append(
+                    UNetBlock(config, current + skips.pop(), widths[level], embedding_width, config.depth[level])
+                )
+                current = widths[level]
+            up.append(UpLevel(blocks, Upsample(current) if level > 0 else None))
+        self.up = nn.ModuleList(up)
+        self.norm_out = group_norm(width, 1e-5)
+        self.conv_out = zeroed(nn.Conv2d(width, config.channels_out, 3, padding=1))
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(*inputs)  # type: ignore[no-any-return]
+
+    def forward(
+        self,
+        x: Float[Tensor, "b c h w"],
+        timestep: Float[Tensor, " b"],
+        context: Float[Tensor, "b n d"] | None = None,
+        vector: Float[Tensor, "b v"] | None = None,
+        mask: Tensor | None = None,
+    ) -> Float[Tensor, "b o h w"]:
+        """`context` is `b n d` with boolean `mask` `b n`, `vector` is `b v`; each given iff the config has its slot."""
+        embedding = self.time_embedding(sinusoids(timestep, self.config.channels))
+        if self.vector_embedding is not None:
+            if vector is None:
+                raise InputError(f"this U-Net has a vector slot of width {self.config.vector_width}; none was given")
+            embedding = embedding + self.vector_embedding(vector)
+        embedding = F.silu(embedding)
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for block in level.blocks:
+                h = self._run(block, h, embedding, context, mask)
+                skips.append(h)
+            if level.downsample is not None:
+                h = level.downsample(h)
+                skips.append(h)
+        h = self._run(self.middle.block_in, h, embedding, context, mask)
+        h = self._run(self.middle.block_out, h, embedding, context, mask)
+        for level in self.up:
+            for block in level.blocks:
+                h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
+            if level.upsample is not None:
+                h = level.upsample(h, (skips[-1].shape[2], skips[-1].shape[3]))
+        return self.conv_out(F.silu(self.norm_out(h)))  # type: ignore[no-any-return]

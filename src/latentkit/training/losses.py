@@ -1,0 +1,43 @@
+"""Differences between two pictures that a person sees: edges and structure at several scales, no outside weights."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pyramid_l1(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
+    """Mean absolute difference of the Laplacian pyramids of two `b c h w`, summed over `levels` bands.
+
+    A band is a picture less its own 2x2 means; the last level is the coarse rest. Stops where a side becomes odd.
+    """
+    difference = a - b
+    total = difference.new_zeros(())
+    for _ in range(levels):
+        if difference.shape[2] % 2 or difference.shape[3] % 2:
+            break
+        coarse = F.avg_pool2d(difference, 2)
+        total = total + (difference - F.interpolate(coarse, scale_factor=2.0, mode="nearest")).abs().mean()
+        difference = coarse
+    return total + difference.abs().mean()
+
+
+def structure(a: Tensor, b: Tensor, scales: int = 3, window: int = 8) -> Tensor:
+    """1 - structural similarity of two `b c h w` in [-1, 1], averaged over `scales` halvings (Wang et al. 2003).
+
+    Means and variances come from `window` x `window` boxes at stride `window` / 2, which costs little on a CPU.
+    """
+    c1, c2 = 0.02**2, 0.06**2
+    total, used = a.new_zeros(()), 0
+    for _ in range(scales):
+        size = min(window, a.shape[2], a.shape[3])
+        moments = F.avg_pool2d(torch.cat([a, b, a * a, b * b, a * b], dim=1), size, stride=max(1, size // 2))
+        mean_a, mean_b, square_a, square_b, product = moments.chunk(5, dim=1)
+        covariance = product - mean_a * mean_b
+        variances = square_a - mean_a**2 + square_b - mean_b**2
+        similarity = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+        similarity = similarity / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+        total, used = total + (1 - similarity).mean(), used + 1
+        if min(a.shape[2], a.shape[3]) < 4:
+            break
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return total / used
