@@ -1,0 +1,238 @@
+"""Pictures of one size: a source seen through a transform, with every random choice keyed by the draw."""
+
+import os
+import threading
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from latentkit.data.pictures import MIN_SIDE, BadPicture, Picture, background_colour, resize, to_samples, to_tensor
+from latentkit.data.source import Item, Source
+from latentkit.diffusion.noise import keyed_bits
+from latentkit.errors import InputError
+
+MEMORY_SHARE = 0.25
+BAD_SHARE = 0.001
+BAD_ALLOWED = 10
+MAX_OVERHANG = 4  # a picture is cut before scaling to at most this many times the target's aspect
+
+
+def _check_colour(text: str) -> str:
+    background_colour(text)
+    return text
+
+
+def _check_flips(letters: str) -> str:
+    if set(letters) - set("hvr") or len(set(letters)) != len(letters):
+        raise ValueError(f"flips {letters!r}: letters h (horizontal), v (vertical), r (quarter turns), each once")
+    return letters
+
+
+class Transform(BaseModel):
+    """How a stored picture becomes a training picture; part of the recipe."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    size: int = Field(ge=MIN_SIDE, description="side in pixels; with buckets, the square root of the area")
+    channels: int = Field(3, ge=1, description="1 gray, 2 gray and alpha, 3 RGB, 4 RGB and alpha, or as stored")
+    background: Annotated[str, AfterValidator(_check_colour)] = "white"
+    crop: Literal["center", "random"] = "center"
+    flips: Annotated[str, AfterValidator(_check_flips)] = ""
+    buckets: bool = False
+
+    def views(self) -> list[tuple[int, bool]]:
+        """Every way a picture may be shown: (quarter turns, then mirrored left to right); the first is as it is."""
+        letters = set(self.flips)
+        if "r" in letters:
+            return [
+                (turns, mirror) for mirror in ((False, True) if letters & set("hv") else (False,)) for turns in range(4)
+            ]
+        return (
+            [(0, False)]
+            + [(0, True)] * ("h" in letters)
+            + [(2, True)] * ("v" in letters)
+            + [(2, False)] * ({"h", "v"} <= letters)
+        )
+
+
+def bucket_shapes(size: int, multiple: int) -> list[tuple[int, int]]:
+    """Heights and widths of about size * size pixels, from 1:4 to 4:1, sides multiples of `multiple`, widest last."""
+    step = max(multiple, size // 8 // multiple * multiple)
+    sides = range(max(step, size // 2 // step * step), 2 * size + 1, step)
+    shapes = {(size, size)}
+    for side in sides:
+        other = max(multiple, round(size * size / side / multiple) * multiple)
+        if max(side, other) <= 4 * min(side, other):
+            shapes |= {(side, other), (other, side)}
+    return sorted(shapes, key=lambda shape: (shape[1] / shape[0], shape))
+
+
+def nearest_shape(shapes: list[tuple[int, int]], height: int, width: int) -> int:
+    """The index of the shape whose aspect is nearest (by its logarithm; the first of equals)."""
+    distances = [abs(np.log(w / h) - np.log(width / height)) for h, w in shapes]
+    return int(np.argmin(np.round(distances, 9)))
+
+
+class Pictures:
+    """A source as tensors `c h w` in [-1, 1]; picture `index` of draw `draw` is a pure function of both and the seed.
+
+    Sides are multiples of `multiple` with buckets. Pictures scaled to their bucket are kept in memory, rounded to the
+    depth of their file, when all of them fit in a quarter of what is free. A picture that went bad after it was
+    indexed is replaced by another of its bucket (the same each time), and named in `replaced`; more than 0.1 % and
+    more than 10 of them are an `InputError`.
+    """
+
+    field = "pixels"
+
+    def __init__(self, source: Source, transform: Transform, seed: int, *, multiple: int = 8) -> None:
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        size = transform.size
+        if transform.buckets and "r" in transform.flips:
+            raise InputError("flips 'r' (quarter turns) need square pictures: leave out the r or set buckets: false")
+        if transform.buckets and size % multiple:
+            raise InputError(f"size {size} is not a multiple of {multiple}, which this model's pictures need")
+        self.shapes = bucket_shapes(size, multiple) if transform.buckets else [(size, size)]
+        self._buckets = [nearest_shape(self.shapes, item.height, item.width) for item in source.items]
+        for item in source.items:
+            _check_channels(item, transform)
+        self.replaced: dict[str, str] = {}
+        self._bad: dict[int, str] = {}
+        self._kept: dict[int, Tensor] | None = {} if self._bytes() <= MEMORY_SHARE * free_memory() else None
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _bytes(self) -> int:
+        overhang = 1.5 if self.transform.crop == "random" else 1.0
+        return sum(
+            int(np.prod(self.shapes[bucket]) * self.transform.channels * np.dtype(item.depth).itemsize * overhang)
+            for item, bucket in zip(self.source.items, self._buckets, strict=True)
+        )
+
+    @property
+    def buckets(self) -> tuple[int, ...] | None:
+        """The bucket number of every picture, for `Order`; None when all have one shape."""
+        return tuple(self._buckets) if len(self.shapes) > 1 else None
+
+    def bucket_of(self, index: int) -> int:
+        """The bucket of a picture, a place in `shapes`."""
+        return self._buckets[index]
+
+    def sample(self, index: int, draw: int) -> Tensor:
+        """The picture (or its replacement) as this draw shows it, `c h w` in [-1, 1]."""
+        return self.take(index, draw)[1]
+
+    def take(self, index: int, draw: int) -> tuple[int, Tensor]:
+        """The index of the picture used, and `sample`."""
+        used, scaled = self._usable(index)
+        bits = [int(word) for word in keyed_bits(3, self.seed, "transform", draw)]
+        return used, self._finish(scaled, used, bits[2], (bits[0], bits[1]))
+
+    def view(self, index: int, number: int) -> tuple[int, Tensor]:
+        """The index of the picture used, and it in view `number` of the transform's views, cut at the centre."""
+        used, scaled = self._usable(index)
+        return used, self._finish(scaled, used, number, None)
+
+    def view_of(self, draw: int) -> int:
+        """The number of the view that `take` shows at a draw."""
+        return int(keyed_bits(3, self.seed, "transform", draw)[2]) % len(self.transform.views())
+
+    def _finish(self, scaled: Tensor, index: int, view: int, where: tuple[int, int] | None) -> Tensor:
+        height, width = self.shapes[self._buckets[index]]
+        spare = scaled.shape[1] - height, scaled.shape[2] - width
+        if self.transform.crop == "random" and where is not None:
+            top, left = where[0] % (spare[0] + 1), where[1] % (spare[1] + 1)
+        else:
+            top, left = spare[0] // 2, spare[1] // 2
+        x = scaled[:, top : top + height, left : left + width]
+        views = self.transform.views()
+        turns, mirror = views[view % len(views)]
+        x = torch.rot90(x, turns, (1, 2)) if turns else x
+        x = x.flip(2) if mirror else x
+        half = 0.5 if x.dtype == torch.float32 else torch.iinfo(x.dtype).max / 2
+        return x.contiguous().float().div_(half).sub_(1)
+
+    def _usable(self, index: int) -> tuple[int, Tensor]:
+        """The picture, or the first of its substitutes that can be read, scaled to cover its bucket, as stored."""
+        attempt = 0
+        used = index
+        while True:
+            try:
+                return used, self._scaled(used)
+            except BadPicture as error:
+                self._count(used, error.reason)
+            used = substitute(index, attempt, self._buckets)
+            attempt += 1
+
+    def _count(self, index: int, reason: str) -> None:
+        with self._lock:
+            self._bad[index] = reason
+            self.replaced[self.source.items[index].key] = reason
+        check_bad(self.replaced, len(self), "went bad after they were indexed")
+
+    def _scaled(self, index: int) -> Tensor:
+        if index in self._bad:
+            raise BadPicture(self.source.items[index].key, self._bad[index])
+        if self._kept is not None and index in self._kept:
+            return self._kept[index]
+        x = self._scale(self.source.read(index), self.shapes[self._buckets[index]])
+        if self._kept is not None:
+            self._kept[index] = x
+        return x
+
+    def _scale(self, picture: Picture, shape: tuple[int, int]) -> Tensor:
+        """The picture scaled to cover `shape`, in the type of its samples; cut to the shape unless crops are random."""
+        height, width = shape
+        channels, background = self.transform.channels, self.transform.background
+        array = picture.array
+        overhang = MAX_OVERHANG if self.transform.crop == "random" else 1
+        tall = min(array.shape[0], -(-array.shape[1] * height * overhang // width))
+        wide = min(array.shape[1], -(-array.shape[0] * width * overhang // height))
+        top, left = (array.shape[0] - tall) // 2, (array.shape[1] - wide) // 2
+        array = array[top : top + tall, left : left + wide]
+        x = to_tensor(picture._replace(array=array), channels, background)
+        scale = max(height / tall, width / wide)
+        full = max(height, round(tall * scale)), max(width, round(wide * scale))
+        alpha = channels in (2, 4) and not (x.shape[0] == array.shape[2] and not picture.has_alpha)
+        x = resize(x, *full, alpha=alpha, background=background)
+        if self.transform.crop == "center":
+            top, left = (full[0] - height) // 2, (full[1] - width) // 2
+            x = x[:, top : top + height, left : left + width]
+        return torch.from_numpy(to_samples(x, array.dtype)).permute(2, 0, 1).contiguous()
+
+
+def _check_channels(item: Item, transform: Transform) -> None:
+    colours = item.channels - item.alpha
+    if colours != transform.channels and not (colours in (1, 3) and transform.channels <= 4):
+        got = f"{item.key} has {colours} colour channels"
+        raise InputError(f"{got}, which cannot be read as channels: {transform.channels}; use channels: {colours}")
+
+
+def substitute(index: int, attempt: int, buckets: list[int]) -> int:
+    """Another picture of the same bucket, a pure function of the index and the attempt."""
+    same = [i for i, bucket in enumerate(buckets) if bucket == buckets[index] and i != index]
+    if attempt >= 4 * len(same) + 16:
+        raise InputError(f"no picture is left to replace one that went bad (bucket {buckets[index]})")
+    return same[int(keyed_bits(attempt + 1, "substitute", index)[attempt]) % len(same)] if same else index
+
+
+def check_bad(bad: dict[str, str], length: int, what: str) -> None:
+    """`InputError` when more than 0.1 % and more than 10 of `length` pictures are bad."""
+    if len(bad) > max(BAD_ALLOWED, BAD_SHARE * length):
+        shown = "".join(f"\n  {key}: {reason}" for key, reason in sorted(bad.items())[:5])
+        raise InputError(f"{len(bad)} of {length} pictures {what}, more than 10 and 0.1 %; the first:{shown}")
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be taken without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -1,0 +1,241 @@
+"""What a folder of pictures says: which files are pictures, and their captions, classes, splits and other columns."""
+
+import csv
+import json
+import os
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from latentkit.errors import InputError
+
+PICTURE_ENDINGS = (".png", ".jpg", ".jpeg", ".jpe", ".webp", ".tif", ".tiff")
+# Pictures of formats that are not read: looked at, so that each is named with its reason and none is passed over.
+FOREIGN_ENDINGS = (".gif", ".bmp", ".svg", ".eps", ".ps", ".psd", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".ico")
+METADATA = ("metadata.jsonl", "metadata.csv")
+CAPTION_ENDINGS = (".txt", ".caption")
+MAX_CAPTION_BYTES = 64 << 10
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+
+
+class Place(NamedTuple):
+    """Where a picture's bytes lie: `file` relative to the root, bytes `offset` to `offset + size`, and its stamp.
+
+    `stamp` is the file's size, modification and change time in ns: while it stays, the file is taken as unchanged.
+    """
+
+    file: str
+    offset: int
+    size: int
+    stamp: tuple[int, int, int]
+
+
+class Rejected(NamedTuple):
+    """A file that is not used, and why."""
+
+    key: str
+    reason: str
+
+
+class Words(NamedTuple):
+    """What is said about one picture."""
+
+    caption: str | None = None
+    keywords: tuple[str, ...] = ()
+    label: str | None = None
+    split: str | None = None
+    extras: dict[str, Any] = {}  # noqa: RUF012  (never written to)
+
+
+class Entry(NamedTuple):
+    """One picture that was found, not yet decoded."""
+
+    key: str
+    place: Place
+    words: Words
+
+
+class Listing(NamedTuple):
+    """All that a folder or its shards name, before any picture is decoded."""
+
+    kind: str
+    entries: list[Entry]
+    rejected: list[Rejected]
+
+
+def words_of(record: dict[str, Any]) -> Words:
+    """Caption (`text`, else `caption`, else `name`), keywords, label and split of a record; the rest are extras."""
+    rest = dict(record)
+    caption = None
+    for field in ("text", "caption", "name"):
+        if caption is None and rest.get(field) not in (None, ""):
+            caption = str(rest.pop(field))
+    keywords = rest.pop("keywords", None) or ()
+    if isinstance(keywords, str):
+        keywords = keywords.replace("|", ",").split(",")
+    label, split = rest.pop("label", None), rest.pop("split", None)
+    return Words(
+        caption,
+        tuple(str(word).strip() for word in keywords if str(word).strip()),
+        None if label in (None, "") else str(label),
+        None if split in (None, "") else SPLITS.get(str(split), str(split)),
+        rest,
+    )
+
+
+def stamp(path: Path) -> tuple[int, int, int]:
+    """Size in bytes, modification and change time in ns."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def first_line(data: bytes) -> str | None:
+    """The first line of a caption file, None when empty."""
+    text = data[:MAX_CAPTION_BYTES].decode("utf-8-sig", errors="replace").lstrip()
+    return (text.splitlines()[0].strip() or None) if text else None
+
+
+def walk(root: Path) -> tuple[dict[str, Path], list[Rejected]]:
+    """Every regular file below `root` by its relative path, and the links and devices that are refused.
+
+    Hidden files are passed over. A link is followed only to a file inside the root.
+    """
+    files: dict[str, Path] = {}
+    rejected = []
+    inside = root.resolve()
+    for folder, folders, names in os.walk(root):
+        here = Path(folder)
+        for name in sorted(folders):
+            if (here / name).is_symlink() and not name.startswith("."):
+                key = (here / name).relative_to(root).as_posix()
+                rejected.append(Rejected(key, "is a symbolic link to a folder, which is not followed"))
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
+        for name in sorted(names):
+            if name.startswith("."):
+                continue
+            path = here / name
+            key = path.relative_to(root).as_posix()
+            reason = refusal(path, inside)
+            if reason is None:
+                files[key] = path
+            elif path.suffix.lower() in (*PICTURE_ENDINGS, *FOREIGN_ENDINGS, *CAPTION_ENDINGS, ".tar"):
+                rejected.append(Rejected(os.fsencode(key).decode("utf-8", "replace"), reason))
+    return files, rejected
+
+
+def refusal(path: Path, inside: Path) -> str | None:
+    """Why a file is not opened (a link that leaves the resolved folder `inside`, a device), or None."""
+    try:
+        str(path).encode()
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(inside):
+            return "is a symbolic link that leaves the data folder"
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "is not a regular file"
+        if not os.access(path, os.R_OK):
+            return "cannot be read (permission)"
+    except UnicodeEncodeError:
+        return "has a name that is not UTF-8; rename it"
+    except (OSError, RuntimeError):
+        return "is a symbolic link that leads nowhere"
+    return None
+
+
+def list_folder(root: Path) -> Listing:
+    """Pictures below `root` with what metadata, caption files, class folders and split folders say of them."""
+    files, rejected = walk(root)
+    pictures = {key for key in files if key.lower().endswith((*PICTURE_ENDINGS, *FOREIGN_ENDINGS))}
+    tops = {key.split("/")[0] for key in pictures if "/" in key}
+    if tops and tops <= set(SPLITS) and all("/" in key for key in pictures):
+        parts = [(f"{top}/", SPLITS[top]) for top in sorted(tops)]
+    else:
+        parts = [("", "")]
+    kinds, entries = [], []
+    for prefix, split in parts:
+        inside = {key for key in pictures if key.startswith(prefix)}
+        kind, words, refused = _describe(prefix, inside, files)
+        kinds.append(kind)
+        rejected += refused
+        for key in sorted(words):
+            place = Place(key, 0, files[key].stat().st_size, stamp(files[key]))
+            said = words[key]
+            entries.append(Entry(key, place, said._replace(split=said.split or split or None)))
+    return Listing(max(kinds, key=kinds.count), entries, rejected)
+
+
+def _describe(prefix: str, pictures: set[str], files: dict[str, Path]) -> tuple[str, dict[str, Words], list[Rejected]]:
+    """Kind of one part of the folder, the words of each of its pictures, and what its metadata names in vain."""
+    for name in METADATA:
+        if prefix + name in files:
+            words, rejected = _read_metadata(prefix, name, pictures, files)
+            return "metadata", words, rejected
+    beside = {key: _caption_beside(key, files) for key in pictures}
+    tops = {key[len(prefix) :].split("/")[0] for key in pictures}
+    labelled = len(tops) > 1 and all("/" in key[len(prefix) :] for key in pictures)
+    words = {key: Words(beside[key], label=key[len(prefix) :].split("/")[0] if labelled else None) for key in pictures}
+    kind = "captions" if any(beside.values()) else "classes" if labelled else "plain"
+    return kind, words, []
+
+
+def _caption_beside(key: str, files: dict[str, Path]) -> str | None:
+    stem = key.rsplit(".", 1)[0]
+    for ending in CAPTION_ENDINGS:
+        if stem + ending in files:
+            with open(files[stem + ending], "rb") as file:
+                return first_line(file.read(MAX_CAPTION_BYTES))
+    return None
+
+
+def _read_metadata(
+    prefix: str, name: str, pictures: set[str], files: dict[str, Path]
+) -> tuple[dict[str, Words], list[Rejected]]:
+    where = prefix + name
+    words: dict[str, Words] = {}
+    rejected = []
+    mentioned = set()
+    for line, record in _records(files[where], where):
+        file_name = record.pop("file_name", None)
+        if not isinstance(file_name, str) or not file_name:
+            raise InputError(f"{where} line {line} has no file_name; each line names its picture by file_name")
+        key = prefix + PurePosixPath(file_name).as_posix()
+        mentioned |= {prefix + value for value in record.values() if isinstance(value, str)}
+        if file_name.startswith("/") or ".." in PurePosixPath(file_name).parts:
+            rejected.append(Rejected(key, f"is named in {where}, but leaves the data folder"))
+        elif key in words:
+            rejected.append(Rejected(key, f"is named again in {where} line {line}; the first line counts"))
+        elif key not in files:
+            rejected.append(Rejected(key, f"is named in {where}, but missing"))
+        else:
+            words[key] = words_of(record)
+    unnamed = sorted(pictures - set(words) - mentioned)
+    rejected += [Rejected(key, f"is not named in {where}") for key in unnamed]
+    return words, rejected
+
+
+def _records(path: Path, where: str) -> list[tuple[int, dict[str, Any]]]:
+    """Line number and columns of each line of a metadata file."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if path.suffix == ".csv":
+        reader = csv.DictReader(text.splitlines(keepends=True))
+        try:
+            rows = [(reader.line_num, {str(k): v for k, v in row.items() if v is not None}) for row in reader]
+        except csv.Error as error:
+            raise InputError(f"{where} line {reader.line_num} is not CSV: {error}") from None
+        if "file_name" not in (reader.fieldnames or ()):
+            raise InputError(f"{where} has no column file_name; its columns are {', '.join(reader.fieldnames or ())}")
+        return rows
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict):
+            raise InputError(f'{where} line {number} is not a JSON object like {{"file_name": "a.png", "text": "..."}}')
+        rows.append((number, record))
+    return rows

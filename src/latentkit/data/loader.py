@@ -1,0 +1,104 @@
+"""Batches of one process, from any step on, the same for any number of workers."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from latentkit.data.order import Order
+from latentkit.data.source import Source
+from latentkit.errors import InputError
+
+# "step": int, "index" and "draw": int64 [b], "pixels" (b c h w) or "moments" (b 2c h w), "caption": list[str],
+# "label": int64 [b] with -1 for none.
+Batch: TypeAlias = dict[str, Any]
+
+AHEAD = 2  # steps that are made while one is used
+
+
+class Samples(Protocol):
+    """What a loader draws from: pictures, or cached latents."""
+
+    field: str
+    source: Source
+
+    def take(self, index: int, draw: int) -> tuple[int, Tensor]:
+        """The index of the picture that is used, and its tensor at this draw."""
+
+
+class Loader:
+    """The micro-batches of process `rank` of `world`: positions rank, rank + world, ... of every step of `order`.
+
+    `workers` threads make samples ahead (0: none are made ahead); decoding, scaling and copying run outside the
+    interpreter lock, and neither workers nor world change what a draw is.
+    """
+
+    def __init__(
+        self,
+        data: Samples,
+        order: Order,
+        micro_batch: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if order.batch % world:
+            raise InputError(f"a batch of {order.batch} cannot be shared by {world} processes: use a multiple")
+        share = order.batch // world
+        self.micro_batch = min(micro_batch or share, share)
+        if share % self.micro_batch:
+            got = f"{share} pictures a process cannot be cut in micro-batches of {self.micro_batch}"
+            raise InputError(f"{got}; equal parts are needed")
+        if order.length != len(data.source):
+            raise InputError(f"the order is of {order.length} pictures and the data of {len(data.source)}")
+        self.data = data
+        self.order = order
+        self.rank = rank
+        self.world = world
+        self.workers = workers
+        self._classes = {name: number for number, name in enumerate(data.source.classes)}
+
+    def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
+        """For every step from `start_step` on, without end, its list of micro-batches."""
+        step = start_step
+        if self.workers == 0:
+            while True:
+                yield self._assemble(step, [self.data.take(*pair) for pair in self._pairs(step)])
+                step += 1
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="loader")
+        waiting: deque[list[Future[tuple[int, Tensor]]]] = deque()
+        try:
+            while True:
+                while len(waiting) <= AHEAD:
+                    ahead = step + len(waiting)
+                    waiting.append([pool.submit(self.data.take, *pair) for pair in self._pairs(ahead)])
+                yield self._assemble(step, [future.result() for future in waiting.popleft()])
+                step += 1
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _pairs(self, step: int) -> list[tuple[int, int]]:
+        """(index, draw) of this process's samples of a step."""
+        draws = self.order.draws(step)[self.rank :: self.world].tolist()
+        return [(self.order.item(draw), draw) for draw in draws]
+
+    def _assemble(self, step: int, samples: list[tuple[int, Tensor]]) -> list[Batch]:
+        draws = self.order.draws(step)[self.rank :: self.world]
+        batches = []
+        for begin in range(0, len(samples), self.micro_batch):
+            part = samples[begin : begin + self.micro_batch]
+            items = [self.data.source.items[index] for index, _ in part]
+            batches.append(
+                {
+                    "step": step,
+                    "index": torch.tensor([index for index, _ in part]),
+                    "draw": torch.from_numpy(draws[begin : begin + self.micro_batch].copy()),
+                    self.data.field: torch.stack([x for _, x in part]),
+                    "caption": [item.caption or "" for item in items],
+                    "label": torch.tensor([-1 if i.label is None else self._classes[i.label] for i in items]),
+                }
+            )
+        return batches
