@@ -131,17 +131,13 @@ class Pictures:
     def take(self, index: int, draw: int) -> tuple[int, Tensor]:
         """The index of the picture used, and `sample`."""
         used, scaled = self._usable(index)
-        bits = [int(word) for word in keyed_bits(3, self.seed, "transform", draw)]
-        return used, self._finish(scaled, used, bits[2], (bits[0], bits[1]))
+        down, right, view = choices(self.seed, draw)
+        return used, self._finish(scaled, used, view, (down, right))
 
     def view(self, index: int, number: int) -> tuple[int, Tensor]:
         """The index of the picture used, and it in view `number` of the transform's views, cut at the centre."""
         used, scaled = self._usable(index)
         return used, self._finish(scaled, used, number, None)
-
-    def view_of(self, draw: int) -> int:
-        """The number of the view that `take` shows at a draw."""
-        return int(keyed_bits(3, self.seed, "transform", draw)[2]) % len(self.transform.views())
 
     def _finish(self, scaled: Tensor, index: int, view: int, where: tuple[int, int] | None) -> Tensor:
         height, width = self.shapes[self._buckets[index]]
@@ -212,6 +208,12 @@ def _check_channels(item: Item, transform: Transform) -> None:
     if colours != transform.channels and not (colours in (1, 3) and transform.channels <= 4):
         got = f"{item.key} has {colours} colour channels"
         raise InputError(f"{got}, which cannot be read as channels: {transform.channels}; use channels: {colours}")
+
+
+def choices(seed: int, draw: int) -> tuple[int, int, int]:
+    """Three 64-bit numbers that decide a draw's crop (down, right) and view."""
+    down, right, view = keyed_bits(3, seed, "transform", draw).tolist()
+    return down, right, view
 
 
 def substitute(index: int, attempt: int, buckets: list[int]) -> int:
