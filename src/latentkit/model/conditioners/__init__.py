@@ -1,4 +1,4 @@
-"""Encoders of conditions: a batch key, a network, and the slots that its answer fills."""
+"""Encoders of conditions: values of a batch, a network, and the slots that its answer fills."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -9,9 +9,12 @@ from latentkit.model.conditioning import Conditioning
 class Conditioner(Protocol):
     """What every conditioner is: called with one value per picture it gives their rows."""
 
-    batch_key: str
     context_width: int
     vector_width: int
+
+    def from_batch(self, batch: dict[str, Any]) -> Sequence[Any]:
+        """Its values in a training batch."""
+        ...
 
     def absent(self, count: int) -> Sequence[Any]:
         """The values that stand for "no condition", for condition dropout and for guidance."""

@@ -23,8 +23,6 @@ class LabelConfig:
 class LabelConditioner(nn.Module):
     """Class names to one context token and to the vector slot (Rombach et al. 2022, section 4.3.1)."""
 
-    batch_key = "label"
-
     def __init__(self, config: LabelConfig, classes: Sequence[str]) -> None:
         super().__init__()
         self.config = config
@@ -42,6 +40,10 @@ class LabelConditioner(nn.Module):
     def vector_width(self) -> int:
         """Width of the vector it makes."""
         return self.config.width
+
+    def from_batch(self, batch: dict[str, Any]) -> list[str | None]:
+        """The class names of a training batch, whose "label" holds class numbers and -1 for none."""
+        return [self.classes[i] if i >= 0 else None for i in batch["label"].tolist()]
 
     def absent(self, count: int) -> list[None]:
         """What stands for "no class"."""

@@ -35,8 +35,6 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> str:
 class TextConditioner(nn.Module):
     """Captions to the context slot and, pooled, to the vector slot; the absent caption is the empty one."""
 
-    batch_key = "caption"
-
     def __init__(self, config: TextEncoderConfig, tokenizer: str) -> None:
         super().__init__()
         from tokenizers import Tokenizer
@@ -62,6 +60,10 @@ class TextConditioner(nn.Module):
     def vector_width(self) -> int:
         """Width of the vector it makes."""
         return self.config.width
+
+    def from_batch(self, batch: dict[str, Any]) -> list[str]:
+        """The captions of a training batch."""
+        return list(batch["caption"])
 
     def absent(self, count: int) -> list[str]:
         """What stands for "no caption"."""

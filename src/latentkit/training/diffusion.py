@@ -1,0 +1,109 @@
+"""The objective of the second stage: match the network's target at random noise levels."""
+
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from latentkit.diffusion.noise import keyed_batch, keyed_uniform
+from latentkit.diffusion.prediction import WEIGHTS
+from latentkit.diffusion.schedule import NoiseSchedule
+from latentkit.model.latent_diffusion import LatentDiffusion
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+BANDS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+
+
+class SigmaSampling(BaseModel):
+    """Which noise levels are trained: log-normal sigmas (a flow's logit-normal t), or uniform timesteps."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    distribution: Literal["logit_normal", "uniform"] = "logit_normal"
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+
+    def sigmas(self, draws: Tensor, schedule: NoiseSchedule, seed: int) -> Tensor:
+        """One sigma per draw, float64, a pure function of (seed, draw).
+
+        Draws walk the golden-ratio sequence, so that the levels of every batch cover the distribution evenly.
+        """
+        start = float(keyed_uniform((1,), seed, "sigma")[0])
+        u = ((draws.cpu().numpy().astype(np.float64) * GOLDEN + start) % 1.0).clip(1e-6, 1 - 1e-6)
+        if self.distribution == "uniform":
+            last = schedule.steps if schedule.kind == "flow" else schedule.steps - 1
+            return torch.from_numpy(schedule.to_sigma(u * last))
+        normal = torch.special.ndtri(torch.from_numpy(u))
+        return torch.exp(self.mean + self.std * normal).clamp(schedule.sigma_min, schedule.sigma_max)
+
+
+class DiffusionLoss(BaseModel):
+    """How noise levels are drawn and weighted, and how often the condition is dropped."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sigma: SigmaSampling = SigmaSampling()
+    weight: Literal["uniform", "min_snr"] = "uniform"
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+
+
+class DiffusionObjective:
+    """One turn: noise the cached latents, predict, compare. Conditioners train jointly with the U-Net."""
+
+    def __init__(self, model: LatentDiffusion, settings: DiffusionLoss, seed: int) -> None:
+        self.model = model
+        self.module: nn.Module = nn.ModuleDict({"denoiser": model.denoiser, "conditioners": model.conditioners})
+        self.settings = settings
+        self.seed = seed
+        self.elementwise = (
+            "denoiser.unet.conv_in", "denoiser.unet.conv_out", "denoiser.unet.time_embedding",
+            "conditioners.text.encoder.position_embedding",
+        )  # fmt: skip
+
+    def turns(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """U-Net and conditioners, one optimiser."""
+        return {"diffusion": list(self.module.named_parameters())}
+
+    def conditions(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """What each conditioner is told, some of it dropped (keyed by draw)."""
+        values: dict[str, list[Any]] = {}
+        for name in self.model.conditioners:
+            conditioner = self.model.conditioner(name)
+            absent = conditioner.absent(1)[0]
+            given = conditioner.from_batch(batch)
+            share = self.settings.condition_dropout
+            dropped = [
+                float(keyed_uniform((1,), self.seed, "dropout", name, int(draw))[0]) < share for draw in batch["draw"]
+            ]
+            values[name] = [absent if drop else value for value, drop in zip(given, dropped, strict=True)]
+        return values
+
+    def latents(self, batch: dict[str, Any]) -> Tensor:
+        """Clean model latents: cached moments sampled anew, or pixels for the identity first stage."""
+        if "pixels" in batch:
+            pixels: Tensor = batch["pixels"]
+            return pixels.float()
+        moments = batch["moments"]
+        shape = (moments.shape[1] // 2, *moments.shape[2:])
+        noise = keyed_batch(batch["draw"], shape, self.seed, "posterior").to(moments.device)
+        return self.model.first_stage.from_moments(moments, noise)
+
+    def errors(self, x0: Tensor, sigma: Tensor, eps: Tensor, values: dict[str, list[Any]]) -> Tensor:
+        """Weighted squared error of each picture, `b`; `sigma` is float64 on the CPU."""
+        denoiser = self.model.denoiser
+        rows = sigma[:, None, None, None].to(x0.device, torch.float32)
+        x = (x0 + rows * eps).contiguous(memory_format=torch.channels_last)
+        predicted = denoiser.network(x, sigma, self.model.condition(values, len(x0)))
+        target = denoiser.prediction.target(x0, eps, rows)
+        weight = WEIGHTS[self.settings.weight](denoiser.prediction, sigma).to(x0.device, torch.float32)
+        return weight * (predicted - target).square().flatten(1).mean(1)
+
+    def loss(self, turn: str, batch: dict[str, Any], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over the batch; sigma, noise and dropout are keyed by (seed, draw)."""
+        x0 = self.latents(batch)
+        sigma = self.settings.sigma.sigmas(batch["draw"], self.model.denoiser.schedule, self.seed)
+        eps = keyed_batch(batch["draw"], x0.shape[1:], self.seed, "noise").to(x0.device)
+        return self.errors(x0, sigma, eps, self.conditions(batch)).mean(), {}

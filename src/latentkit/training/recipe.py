@@ -1,0 +1,165 @@
+"""Recipe: the training file. One recipe is one run of one stage; unknown keys are errors."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from latentkit.data.dataset import Transform
+from latentkit.diffusion.schedule import NoiseSchedule
+from latentkit.errors import InputError, nearest
+from latentkit.model.conditioners.label import LabelConfig
+from latentkit.model.denoiser import PredictionName
+from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.towers import TextEncoderConfig
+from latentkit.nets.unet import UNetConfig
+from latentkit.training.autoencoder import ReconstructionLoss
+from latentkit.training.diffusion import DiffusionLoss
+from latentkit.training.ema import Averaging
+from latentkit.training.optimizers import Optimiser
+from latentkit.training.trainer import Schedule
+
+
+class DataRecipe(BaseModel):
+    """Which pictures, and how they are shown."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    path: str
+    split: str | None = None
+    """Train on the items of this split alone."""
+    holdout: str | None = None
+    """Validate on the items of this split; null: on 5 % of the items, fixed by their digests, kept out of training."""
+    transform: Transform
+    workers: int = Field(default=0, ge=0)
+
+
+class Sampling(BaseModel):
+    """How a model draws unless it is told otherwise: written into the model file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sampler: str = "dpm++2m"
+    spacing: str = "uniform"
+    steps: int = Field(default=12, ge=1)
+    guidance_scale: float = 2.0
+    guidance_low: float = 0.0
+    guidance_high: float = Field(default=1e9, gt=0)
+    prompts: tuple[str, ...] = ()
+    """Prompts (or class names) of the sample sheets; empty: captions of the held-out pictures."""
+
+
+class _Common(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    licence: str | None = None
+    data: DataRecipe
+    optimiser: Optimiser = Optimiser()
+    schedule: Schedule
+    averaging: Averaging = Averaging()
+    checkpointing: bool = False
+    """Keep activations of block borders only, and compute the rest again in the backward pass."""
+
+
+class AutoencoderRecipe(_Common):
+    """The first stage."""
+
+    stage: Literal["autoencoder"]
+    network: AutoencoderConfig
+    loss: ReconstructionLoss = ReconstructionLoss()
+
+
+class DiffusionRecipe(_Common):
+    """The second stage."""
+
+    stage: Literal["diffusion"]
+    first_stage: str
+    """An autoencoder's model file or run folder, or "identity" for diffusion on pixels."""
+    network: UNetConfig
+    noise: NoiseSchedule = NoiseSchedule()
+    prediction: PredictionName = "flow"
+    text: TextEncoderConfig | None = None
+    label: LabelConfig | None = None
+    loss: DiffusionLoss = DiffusionLoss()
+    sampling: Sampling = Sampling()
+
+
+Recipe = Annotated[AutoencoderRecipe | DiffusionRecipe, Field(discriminator="stage")]
+_ADAPTER: TypeAdapter[AutoencoderRecipe | DiffusionRecipe] = TypeAdapter(Recipe)
+
+
+def parse_recipe(values: dict[str, Any], where: str = "recipe") -> AutoencoderRecipe | DiffusionRecipe:
+    """Check plain values; InputError lists each problem with its key and the nearest allowed name."""
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_explain(problem, values)}" for problem in error.errors())
+        raise InputError(f"{where} is not valid:\n{problems}", exit_code=2) from None
+
+
+def _explain(problem: Any, values: dict[str, Any]) -> str:
+    location = [part for part in problem["loc"] if part not in ("autoencoder", "diffusion")]
+    key = ".".join(map(str, location)) or "stage"
+    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        return f"{key}: unknown key; {nearest(str(location[-1]), _allowed(values, location[:-1]))}"
+    got = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "union_tag_not_found") else ""
+    return f"{key}: {problem['msg']}{got}"
+
+
+def _allowed(values: dict[str, Any], path: list[Any]) -> list[str]:
+    """The keys that the recipe's schema allows at `path`."""
+    schema = _ADAPTER.json_schema()
+    defs = schema["$defs"]
+    model = "AutoencoderRecipe" if values.get("stage") == "autoencoder" else "DiffusionRecipe"
+    node = defs[model]
+    for part in path:
+        node = node["properties"].get(part, {})
+        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
+        reference = next((option["$ref"] for option in options if "$ref" in option), None)
+        if reference is None:
+            return []
+        node = defs[reference.rsplit("/", 1)[1]]
+    return list(node.get("properties", {}))
+
+
+def read_recipe(path: str, overrides: list[str]) -> AutoencoderRecipe | DiffusionRecipe:
+    """A recipe file with `key.key=value` overrides (values are YAML); InputError on anything wrong."""
+    file = Path(path)
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path("recipes")
+        known = [str(found) for found in folder.glob("*.yaml")]
+        raise InputError(f"recipe {path!r} does not exist; {nearest(path, known)}", exit_code=2)
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path!r} is not YAML: {error}", exit_code=2) from None
+    if not isinstance(values, dict):
+        raise InputError(f"recipe {path!r} holds no keys; see the files in recipes/", exit_code=2)
+    for override in overrides:
+        _override(values, override)
+    return parse_recipe(values, f"recipe {path!r}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise InputError(f"override {override!r} is not of the form key.key=value", exit_code=2)
+    *path, last = key.split(".")
+    node = values
+    for part in path:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise InputError(f"override {override!r}: {part!r} is a value, not a section", exit_code=2)
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: {error}", exit_code=2) from None
+
+
+def resolved(recipe: AutoencoderRecipe | DiffusionRecipe) -> dict[str, Any]:
+    """The recipe with every default written out, as plain values."""
+    return recipe.model_dump(mode="json")
