@@ -1,6 +1,5 @@
 """Which sigmas a sampler visits. Every spacing gives exactly `steps` intervals, ending at 0."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -11,10 +10,7 @@ from latentkit.errors import InputError, nearest
 FLOW_SIGMA_MAX = 80.0
 """Where a spacing that needs finite sigmas begins when the schedule's last one is infinite."""
 
-
-def _finite_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    high = schedule.sigma_max
-    return schedule.sigma_min, FLOW_SIGMA_MAX if high >= SIGMA_CAP else high
+Spacing = Callable[[NoiseSchedule, int], np.ndarray]
 
 
 def _uniform(schedule: NoiseSchedule, steps: int) -> np.ndarray:
@@ -25,31 +21,24 @@ def _uniform(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     return schedule.to_sigma(timesteps)
 
 
-def _karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> np.ndarray:
-    """Evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
-    low, high = _finite_range(schedule)
-    ramp = np.linspace(0, 1, steps) if steps > 1 else np.zeros(1)
-    return np.asarray((high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho)
+def _even(warp: Callable[[np.ndarray], np.ndarray], unwarp: Callable[[np.ndarray], np.ndarray]) -> Spacing:
+    """Evenly spaced in warp(sigma) over the finite sigmas; where the last one is infinite, its cap comes before."""
+
+    def lay(schedule: NoiseSchedule, steps: int) -> np.ndarray:
+        capped = schedule.sigma_max >= SIGMA_CAP
+        high = FLOW_SIGMA_MAX if capped else schedule.sigma_max
+        ends = warp(np.asarray([high, schedule.sigma_min]))
+        finite = unwarp(np.linspace(ends[0], ends[1], steps - int(capped)))
+        return np.append([SIGMA_CAP] if capped else [], finite)
+
+    return lay
 
 
-def _exponential(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """Evenly spaced in log sigma."""
-    low, high = _finite_range(schedule)
-    return np.exp(np.linspace(math.log(high), math.log(low), steps)) if steps > 1 else np.asarray([high])
-
-
-def _kl_optimal(schedule: NoiseSchedule, steps: int) -> np.ndarray:
-    """Evenly spaced in arctan sigma (AYS paper, closed form for Gaussian data of unit deviation)."""
-    low, high = _finite_range(schedule)
-    ramp = np.linspace(0, 1, steps) if steps > 1 else np.zeros(1)
-    return np.tan(ramp * math.atan(low) + (1 - ramp) * math.atan(high))
-
-
-SPACINGS: dict[str, Callable[[NoiseSchedule, int], np.ndarray]] = {
+SPACINGS: dict[str, Spacing] = {
     "uniform": _uniform,
-    "karras": _karras,
-    "exponential": _exponential,
-    "kl_optimal": _kl_optimal,
+    "karras": _even(lambda sigma: sigma ** (1 / 7), lambda warped: warped**7),  # Karras et al. 2022, eq. 5, rho = 7
+    "exponential": _even(np.log, np.exp),
+    "kl_optimal": _even(np.arctan, np.tan),  # Align Your Steps, closed form for Gaussian data of unit deviation
 }
 
 
