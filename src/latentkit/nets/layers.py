@@ -91,7 +91,8 @@ class Upsample(nn.Module):
 def sinusoids(timestep: Tensor, width: int) -> Tensor:
     """`b -> b width`: cosines then sines, periods 2 pi to 2 pi 1e4, float32 (CompVis's order)."""
     half = width // 2
-    rates = torch.exp(torch.arange(half, dtype=torch.float32, device=timestep.device) * (-math.log(1e4) / half))
+    # In the released code's order of operations: one ulp here is 3e-5 in the wave at timestep 999.
+    rates = torch.exp(-math.log(1e4) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
     angles = timestep.float()[:, None] * rates
     wave = torch.cat([angles.cos(), angles.sin()], dim=1)
     return F.pad(wave, (0, width - 2 * half))
