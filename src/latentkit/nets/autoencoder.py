@@ -32,6 +32,11 @@ class AutoencoderConfig:
     """One attention over pixels in the middle."""
 
     def __post_init__(self) -> None:
+        for name in ("picture_channels", "latent_channels", "channels", "blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"autoencoder {name} is {getattr(self, name)}; it must be at least 1")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise InputError(f"autoencoder multipliers are {self.multipliers}; give one of at least 1 per level")
         if self.stem not in (1, 2, 4, 8, 16, 32):
             raise InputError(f"autoencoder stem is {self.stem}; allowed are 1, 2, 4, 8, 16 and 32")
 
@@ -99,7 +104,7 @@ class Encoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(pixels, self.stem) if self.stem > 1 else pixels)
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))  # type: ignore[no-any-return]
+        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
 
 
 class Decoder(nn.Module):
@@ -154,4 +159,4 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c hp wp"]:
         """Raw latents to pixels, about [-1, 1], not clamped."""
-        return self.decoder(self.from_latent(z))  # type: ignore[no-any-return]
+        return self.decoder(self.from_latent(z))

@@ -1,6 +1,8 @@
 """The time-conditional U-Net with its three condition slots: context, vector, concat."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -46,18 +48,21 @@ class UNetConfig:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if len(self.depth) != len(self.multipliers):
+        for name in ("channels_in", "channels_out", "channels", "blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"U-Net {name} is {getattr(self, name)}; it must be at least 1")
+        if not self.multipliers or len(self.depth) != len(self.multipliers):
             raise InputError(
-                f"U-Net depth {self.depth} and multipliers {self.multipliers} differ in length; give one depth per level"
+                f"U-Net multipliers {self.multipliers} and depth {self.depth} differ in length or are empty; "
+                "give one of each per level"
             )
         if (self.heads is None) == (self.head_width is None):
             raise InputError(f"U-Net has heads={self.heads} and head_width={self.head_width}; give exactly one of them")
-        for multiplier, depth in zip(self.multipliers, self.depth):
+        name, divisor = ("heads", self.heads) if self.heads is not None else ("head_width", self.head_width)
+        for multiplier, depth in zip((*self.multipliers, self.multipliers[-1]), (*self.depth, self.middle_depth)):
             width = self.channels * multiplier
-            if depth and width % (self.heads or self.head_width or 1):
-                raise InputError(
-                    f"U-Net level of width {width} cannot be split into heads={self.heads or self.head_width}"
-                )
+            if depth and (not divisor or divisor < 1 or width % divisor):
+                raise InputError(f"U-Net level of width {width} cannot be split by {name}={divisor}; give a divisor")
 
     def head_count(self, width: int) -> int:
         """Attention heads at a level of `width` channels."""
@@ -156,8 +161,8 @@ class UNet(nn.Module):
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)  # type: ignore[no-any-return]
-        return block(*inputs)  # type: ignore[no-any-return]
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
     def forward(
         self,
@@ -168,26 +173,31 @@ class UNet(nn.Module):
         mask: Tensor | None = None,
     ) -> Float[Tensor, "b o h w"]:
         """`context` is `b n d` with boolean `mask` `b n`, `vector` is `b v`; each given iff the config has its slot."""
+        for name, given, width in (
+            ("context", context, self.config.context_width),
+            ("vector", vector, self.config.vector_width),
+        ):
+            got = None if given is None else given.shape[-1]
+            if got != width:
+                raise InputError(f"this U-Net has a {name} slot of width {width}; it was given one of width {got}")
         embedding = self.time_embedding(sinusoids(timestep, self.config.channels))
         if self.vector_embedding is not None:
-            if vector is None:
-                raise InputError(f"this U-Net has a vector slot of width {self.config.vector_width}; none was given")
             embedding = embedding + self.vector_embedding(vector)
         embedding = F.silu(embedding)
         h = self.conv_in(x)
         skips = [h]
-        for level in self.down:
-            for block in level.blocks:
+        for down in cast(Iterable[DownLevel], self.down):
+            for block in down.blocks:
                 h = self._run(block, h, embedding, context, mask)
                 skips.append(h)
-            if level.downsample is not None:
-                h = level.downsample(h)
+            if down.downsample is not None:
+                h = down.downsample(h)
                 skips.append(h)
         h = self._run(self.middle.block_in, h, embedding, context, mask)
         h = self._run(self.middle.block_out, h, embedding, context, mask)
-        for level in self.up:
-            for block in level.blocks:
+        for up in cast(Iterable[UpLevel], self.up):
+            for block in up.blocks:
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
-            if level.upsample is not None:
-                h = level.upsample(h, (skips[-1].shape[2], skips[-1].shape[3]))
-        return self.conv_out(F.silu(self.norm_out(h)))  # type: ignore[no-any-return]
+            if up.upsample is not None:
+                h = up.upsample(h, (skips[-1].shape[2], skips[-1].shape[3]))
+        return self.conv_out(F.silu(self.norm_out(h)))
