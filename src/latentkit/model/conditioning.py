@@ -38,6 +38,7 @@ class Conditioning:
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """The rows of all `parts` one after another; all have the same slots."""
         first = parts[0]
+        assert all(p._slots().keys() == first._slots().keys() for p in parts), "parts with different slots"
         slots = {name: torch.cat([getattr(p, name) for p in parts]) for name in first._slots()}
         return Conditioning(extras={name: torch.cat([p.extras[name] for p in parts]) for name in first.extras}, **slots)
 
@@ -49,5 +50,15 @@ def merge(parts: Sequence[Conditioning]) -> Conditioning:
         values = [getattr(part, name) for part in parts if getattr(part, name) is not None]
         return torch.cat(values, dim) if values else None
 
+    contexts = [part for part in parts if part.context is not None]
+    mask = None
+    if any(part.mask is not None for part in contexts):
+        mask = torch.cat([_mask(part) for part in contexts], 1)
     extras = {name: value for part in parts for name, value in part.extras.items()}
-    return Conditioning(joined("context", 1), joined("mask", 1), joined("vector", 1), joined("concat", 1), extras)
+    return Conditioning(joined("context", 1), mask, joined("vector", 1), joined("concat", 1), extras)
+
+
+def _mask(part: Conditioning) -> Tensor:
+    """The part's own mask, or one under which all of its tokens count."""
+    assert part.context is not None
+    return part.mask if part.mask is not None else part.context.new_ones(part.context.shape[:2], dtype=torch.bool)
