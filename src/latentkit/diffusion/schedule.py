@@ -55,6 +55,11 @@ class NoiseSchedule:
             raise InputError(f"noise schedule {self.kind!r} is unknown; {nearest(self.kind, KINDS)}")
         if self.steps < 1:
             raise InputError(f"noise schedule has {self.steps} steps; it needs at least 1")
+        if self.kind in ("linear", "scaled_linear") and not 0 < self.beta_start <= self.beta_end <= 1:
+            raise InputError(
+                f"noise schedule has beta_start={self.beta_start} and beta_end={self.beta_end}; "
+                "they must satisfy 0 < beta_start <= beta_end <= 1"
+            )
         if self.kind != "flow":
             betas = BETAS[self.kind](self.steps, self.beta_start, self.beta_end)
             alpha_bar = np.cumprod(1 - betas)
