@@ -37,7 +37,7 @@ class FirstStage(nn.Module):
         self.latent_std.copy_(std)
 
     def moments(self, pixels: Float[Tensor, "b c h w"]) -> Float[Tensor, "b z hl wl"]:
-        """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (the pixels twice for the identity)."""
+        """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (identity: the pixels, no variance)."""
         if self.autoencoder is None:
             return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1).float()
         return torch.cat(self.autoencoder.encode(pixels.to(self.dtype)), dim=1)

@@ -1,6 +1,5 @@
 """Captions through an own byte-pair tokenizer and an encoder trained jointly with the U-Net."""
 
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -85,4 +84,4 @@ class TextConditioner(nn.Module):
 
     def state(self) -> dict[str, Any]:
         """What rebuilds it, for the model file."""
-        return {"tokenizer": json.loads(self.tokenizer)}
+        return {"tokenizer": self.tokenizer}
