@@ -1,7 +1,7 @@
 """The contract of sampling (`Denoise`, `Denoised`, `Step`) and the one loop that runs every sampler."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -29,6 +29,7 @@ class Step(NamedTuple):
     sigma: float
 
 
+@runtime_checkable
 class StepNoise(Protocol):
     """Where a stochastic sampler gets its noise from (see `noise.PictureNoise.step`)."""
 

@@ -1,11 +1,12 @@
 """Encoders of conditions: values of a batch, a network, and the slots that its answer fills."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from latentkit.model.conditioning import Conditioning
 
 
+@runtime_checkable
 class Conditioner(Protocol):
     """What every conditioner is: called with one value per picture it gives their rows."""
 
