@@ -1,0 +1,344 @@
+"""A model is one file: safetensors whose metadata holds all that rebuilds it.
+
+It is written whole or not at all, and read strictly. The metadata entry `latentkit` is JSON: format, kind,
+architecture, state (tokenizer, class names) and provenance. Nothing that is read from a file is imported
+or called.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from latentkit.errors import InputError, nearest
+from latentkit.model.first_stage import FirstStage
+from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
+from latentkit.nets.autoencoder import AutoencoderConfig
+
+FORMAT: Literal[1] = 1
+SHIPPED = Path(__file__).resolve().parent.parent / "models"
+RUN_MODEL = "model.safetensors"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
+TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+MAX_SCHEDULE = 100_000
+Kind = Literal["latent-diffusion", "autoencoder"]
+
+
+class Model(NamedTuple):
+    """A loaded model with the name and the sha256 of its file (empty for one that is still being trained)."""
+
+    network: LatentDiffusion
+    provenance: dict[str, Any] = {}  # noqa: RUF012
+    name: str = "unsaved"
+    digest: str = ""
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal[1]
+    kind: Kind
+    architecture: dict[str, Any]
+    state: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def invalid(error: ValidationError, what: str, allowed: Iterable[str] = ()) -> InputError:
+    """The first lines of a pydantic error as an `InputError` about `what`; unknown names get the nearest `allowed`."""
+    lines = []
+    for entry in error.errors(include_url=False)[:4]:
+        place = ".".join(str(part) for part in entry["loc"]) or "it"
+        if entry["type"] == "extra_forbidden":
+            lines.append(f"{place!r} is unknown" + (f"; {nearest(place, allowed)}" if allowed else ""))
+        else:
+            got = "" if entry["type"] == "missing" else f" (got {str(entry['input'])[:60]!r})"
+            lines.append(f"{place}: {entry['msg'].removeprefix('Value error, ')}{got}")
+    return InputError(f"{what}: " + "; ".join(lines))
+
+
+class _Shapes(TorchFunctionMode):
+    """Makes modules on the meta device without drawing weights (torch imports its compiler to draw there)."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in ("normal_", "uniform_", "trunc_normal_") or (name == "mul" and isinstance(args[1], float)):
+            return args[0] if args else kwargs["tensor"]
+        return (torch.empty if name in ("randn", "rand") else func)(*args, **(kwargs or {}))
+
+
+def shipped() -> list[str]:
+    """Names of the models inside the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+
+
+def find(name: str | Path) -> Path:
+    """The model file that `name` means: a shipped model's bare name, a file, or a run folder's `model.safetensors`.
+
+    Errors: InputError (exit code 2) with the nearest names.
+    """
+    if str(name) in shipped():
+        return SHIPPED / f"{name}.safetensors"
+    path = Path(name)
+    if path.is_dir():
+        if (path / RUN_MODEL).is_file():
+            return path / RUN_MODEL
+        raise InputError(f"folder {name} holds no {RUN_MODEL}; a run writes it when it is finished", exit_code=2)
+    if path.is_file():
+        return path
+    beside = [p for p in path.parent.glob("*") if p.suffix == ".safetensors" or (p / RUN_MODEL).is_file()]
+    known = [*shipped(), *(str(path.with_name(p.name)) for p in beside)]
+    hint = nearest(str(name), known) if known else "no model is shipped and none lies there"
+    raise InputError(f"no model {str(name)!r}: it is no shipped model, file or run folder; {hint}", exit_code=2)
+
+
+def digest(path: Path) -> str:
+    """The sha256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def compute_type(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The type to compute in: as stored, but float32 on a CPU that has no fast bfloat16."""
+    if device.type != "cpu" or stored == torch.float32:
+        return stored
+    fast = stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
+    """The model called `name` (see `find`), ready to generate, on `device` (a GPU where there is one)."""
+    path = find(name)
+    network, provenance = load_model(path, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
+    return Model(network, provenance, stem, digest(path))
+
+
+def save_model(
+    path: str | Path, model: LatentDiffusion, provenance: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """Write the whole model to `path`, its weights as `dtype`, the latent statistics in float32.
+
+    `provenance["defaults"]` holds the sampler settings that suit it (fields of `Request`). Errors: InputError for
+    non-finite weights or a disk that refuses; a file that was at `path` before is then unharmed.
+    """
+    architecture = model.architecture
+    prediction = {"eps": "epsilon"}.get(architecture.prediction, architecture.prediction)
+    height, width = architecture.size
+    spec = {"resolution": f"{width}x{height}", "prediction_type": prediction}
+    document = _Document(
+        format=FORMAT,
+        kind="latent-diffusion",
+        architecture=asdict(architecture),
+        state=model.state(),
+        provenance=provenance,
+    )
+    _write(Path(path), document, model, dtype, spec)
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> tuple[LatentDiffusion, dict[str, Any]]:
+    """The model in the file at `path`, frozen and in evaluation mode, and its provenance.
+
+    `dtype` None takes `compute_type`. Errors: InputError names what is wrong with the file.
+    """
+    path = Path(path)
+    document, tensors = _read(path, "latent-diffusion")
+    architecture = _architecture(path, document, Architecture)
+    _check_cost(path, architecture, len(tensors))
+    try:
+        with torch.device("meta"), _Shapes():
+            model = LatentDiffusion(architecture, document.state)
+        own = architecture.first_stage
+        fits = own is None or own.picture_channels == architecture.picture_channels
+        if not fits or fit_network(architecture) != architecture:
+            raise ValueError("its parts do not fit together")
+    except Exception as error:
+        raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
+    _fill(path, model, tensors, torch.device(device), dtype)
+    return model, document.provenance
+
+
+def save_autoencoder(
+    path: str | Path, first_stage: FirstStage, provenance: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a first stage (autoencoder and latent statistics) to `path`; errors as `save_model`."""
+    if first_stage.autoencoder is None:
+        raise InputError("the identity first stage has no autoencoder to save")
+    architecture = asdict(first_stage.autoencoder.config)
+    document = _Document(format=FORMAT, kind="autoencoder", architecture=architecture, state={}, provenance=provenance)
+    _write(Path(path), document, first_stage, dtype, {})
+
+
+def load_autoencoder(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = torch.float32
+) -> FirstStage:
+    """The first stage in an autoencoder's file, or that of a whole model's, frozen; errors as `load_model`."""
+    path = Path(path)
+    document, tensors = _read(path, None)
+    if document.kind == "latent-diffusion":
+        return load_model(path, device, dtype)[0].first_stage
+    config = _architecture(path, document, AutoencoderConfig)
+    _check_cost(path, Architecture(network=None, first_stage=config), len(tensors))  # type: ignore[arg-type]
+    try:
+        with torch.device("meta"), _Shapes():
+            first_stage = FirstStage(config, config.picture_channels)
+    except Exception as error:
+        raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
+    _fill(path, first_stage, tensors, torch.device(device), dtype)
+    return first_stage
+
+
+def _short(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _write(path: Path, document: _Document, module: nn.Module, dtype: torch.dtype, spec: dict[str, str]) -> None:
+    """One safetensors file with a header of fixed order, so that equal models are equal bytes."""
+    buffers = dict(module.named_buffers())
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32 if name in buffers else dtype).contiguous()
+        for name, tensor in module.state_dict().items()
+    }
+    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise InputError(f"the model was not saved to {path}: {_names(wrong)} not finite as {dtype}")
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    chunks = [memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()) for name in order]
+    content = hashlib.sha256()
+    for chunk in chunks:
+        content.update(chunk)
+    provenance = document.provenance
+    metadata = {
+        "latentkit": json.dumps(document.model_dump(), ensure_ascii=False, allow_nan=False),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"latentkit/{document.kind}",
+        "modelspec.implementation": "latentkit",
+        "modelspec.title": str(provenance.get("name", path.stem)),
+        "modelspec.hash_sha256": f"0x{content.hexdigest()}",
+    }
+    metadata |= {f"modelspec.{key}": value for key, value in spec.items()}
+    if "licence" in provenance:
+        metadata["modelspec.license"] = str(provenance["licence"])
+    header: dict[str, Any] = {"__metadata__": metadata}
+    offset = 0
+    for name, chunk in zip(order, chunks):
+        shape, end = list(tensors[name].shape), offset + len(chunk)
+        header[name] = {"dtype": TYPES[tensors[name].dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(len(head).to_bytes(8, "little") + head)
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"the model could not be saved to {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
+    """The document and the tensors (mapped, not read) of a file of `kind` (None: either)."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            pickled = start[8:] != b"{" and (start[:4] == b"PK\x03\x04" or start[:1] == b"\x80")
+            if pickled or path.suffix.lower() in PICKLES:
+                raise InputError(f"{path}: is a pickle, which can run code when it is read; give a .safetensors model")
+        with safe_open(path, "pt") as tables:
+            metadata = tables.metadata() or {}
+            document = _document(path, metadata, kind)
+            tensors = {name: tables.get_tensor(name) for name in tables.keys()}  # noqa: SIM118
+        with open(path, "rb") as file:
+            file.seek(8 + int.from_bytes(start[:8], "little"))
+            content = "0x" + hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: is truncated, damaged or no safetensors file ({_short(error)})") from None
+    if content != metadata.get("modelspec.hash_sha256"):
+        raise InputError(f"{path}: is damaged: its weights are not those that were written; get the file again")
+    return document, tensors
+
+
+def _document(path: Path, metadata: dict[str, str], kind: Kind | None) -> _Document:
+    if "latentkit" not in metadata:
+        raise InputError(f"{path}: is a safetensors file but no latentkit model: its metadata has no 'latentkit'")
+    try:
+        document = _Document.model_validate_json(metadata["latentkit"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "literal_error":
+            got = f"{path}: has model format {first['input']!r}"
+            raise InputError(f"{got}; this version reads format {FORMAT}: update latentkit") from None
+        raise invalid(error, f"{path}: its model description is invalid") from None
+    if kind is not None and document.kind != kind:
+        raise InputError(f"{path}: holds a model of kind {document.kind!r}; wanted is {kind!r}")
+    return document
+
+
+def _architecture(path: Path, document: _Document, config: type[Any]) -> Any:
+    try:
+        return TypeAdapter(config).validate_json(json.dumps(document.architecture), strict=True)
+    except ValidationError as error:
+        raise invalid(error, f"{path}: its architecture is invalid") from None
+
+
+def _check_cost(path: Path, architecture: Architecture, tensors: int) -> None:
+    """Refuse an architecture that asks for more blocks than the file has tensors, before any is built."""
+    network, own, text = architecture.network, architecture.first_stage, architecture.text
+    blocks = [len(own.multipliers) * own.blocks] if own else []
+    blocks += [text.layers] if text else []
+    if network is not None:
+        blocks += [network.blocks * (1 + depth) for depth in network.depth]
+        blocks += [network.middle_depth, len(network.depth)]
+    counts_fit = all(0 <= count <= tensors for count in blocks) and sum(blocks) <= tensors
+    if not counts_fit or architecture.schedule.steps > MAX_SCHEDULE:
+        raise InputError(f"{path}: its architecture asks for {sum(blocks)} blocks; the file has {tensors} tensors")
+
+
+def _names(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    rest = f" and {len(ordered) - 5} more" if len(ordered) > 5 else ""
+    return ", ".join(ordered[:5]) + rest + (" is" if len(ordered) == 1 else " are")
+
+
+def _fill(
+    path: Path, module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
+) -> None:
+    """Give `module`, built on the meta device, the tensors of the file; InputError names those that do not fit."""
+    expected = module.state_dict()
+    shape = {name: tuple(tensors[name].shape) for name in expected.keys() & tensors.keys()}
+    complaints = {
+        "missing": expected.keys() - tensors.keys(),
+        "not known to this architecture": tensors.keys() - expected.keys(),
+        "of another shape": [name for name in shape if shape[name] != tuple(expected[name].shape)],
+        "not of floating type": [name for name, tensor in tensors.items() if tensor.dtype not in TYPES],
+        "not finite": [name for name, t in tensors.items() if t.dtype in TYPES and not torch.isfinite(t).all()],
+    }
+    wrong = [f"{_names(names)} {complaint}" for complaint, names in complaints.items() if names]
+    if wrong:
+        raise InputError(f"{path}: does not hold the model that it describes: " + "; ".join(wrong))
+    parameters = dict(module.named_parameters())
+    ready = {}
+    for name, tensor in tensors.items():
+        wanted = (dtype or compute_type(tensor.dtype, device)) if name in parameters else torch.float32
+        ready[name] = tensor.to(device, wanted, copy=True)
+    module.load_state_dict(ready, assign=True)
+    module.eval().requires_grad_(False)
