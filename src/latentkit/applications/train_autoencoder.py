@@ -14,6 +14,7 @@ from latentkit.data.loader import Loader
 from latentkit.data.order import Order
 from latentkit.errors import InputError
 from latentkit.evaluation.reconstruction import reconstruction
+from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import Autoencoder
 from latentkit.training import distributed
 from latentkit.training.autoencoder import AutoencoderObjective
@@ -36,7 +37,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
         )
     train, held = open_data(recipe.data, recipe.seed, recipe.network.downsampling)
     torch.manual_seed(recipe.seed)
-    autoencoder = Autoencoder(recipe.network)
+    first_stage = FirstStage(recipe.network, channels)
+    autoencoder = first_stage.autoencoder
+    assert autoencoder is not None
     world = distributed.join(distributed.pick_device(recipe.schedule.device))
     order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
     loader = Loader(train, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
@@ -60,9 +63,10 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
                     "data": train.source.fingerprint,
                     "pictures": len(train),
                     "steps": trainer.step,
+                    "licence": recipe.licence or "unstated",
                     "reconstruction": measure(autoencoder, held),
                 }
-                save_autoencoder(path, autoencoder, provenance)
+                save_autoencoder(path, first_stage, provenance)
         distributed.barrier()
     return path
 
