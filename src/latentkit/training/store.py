@@ -22,8 +22,9 @@ from latentkit.errors import InputError
 from latentkit.training.progress import say
 
 FORMAT = 1
-WAITS = (0.1, 0.5, 2.0)  # seconds before each further try of a failed write
+WAITS = (0.1, 0.3, 1.0)  # seconds before each further try of a failed write
 LARGEST_WRITE = 1 << 26
+SMALL = 1 << 20  # bytes; smaller tensors are written together
 TYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -92,7 +93,7 @@ def write_file(calls: FileCalls, path: Path, chunks: Iterable[Any]) -> dict[str,
     digest, size = hashlib.sha256(), 0
     descriptor = calls.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        for chunk in chunks:
+        for chunk in _joined(chunks):
             view = memoryview(chunk)
             digest.update(view)
             size += len(view)
@@ -102,6 +103,22 @@ def write_file(calls: FileCalls, path: Path, chunks: Iterable[Any]) -> dict[str,
     finally:
         calls.close(descriptor)
     return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _joined(chunks: Iterable[Any]) -> Iterator[Any]:
+    """The same bytes with small chunks put together."""
+    pending = bytearray()
+    for chunk in chunks:
+        if len(chunk) >= SMALL:
+            yield pending
+            yield chunk
+            pending = bytearray()
+            continue
+        pending += memoryview(chunk)
+        if len(pending) >= SMALL:
+            yield pending
+            pending = bytearray()
+    yield pending
 
 
 def sync_folder(calls: FileCalls, folder: Path) -> None:

@@ -218,10 +218,15 @@ class Trainer:
             say(f"step {self.step} skipped, {row} in a row: {turn} has loss {loss}, gradient norm {norm}")
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise NotFinite(
-                f"loss or gradient was not finite {MOST_SKIPPED} times in a row, up to step {self.step}; stopped. The "
-                f"checkpoints in {self.run.store.folder} are good; the pictures of each skipped step are in "
-                "metrics.jsonl. Try a lower learning rate, a longer warm-up, or precision float32."
+                f"loss or gradient was not finite {MOST_SKIPPED} times in a row, up to step {self.step}: stopped. The "
+                f"pictures of each skipped step are in metrics.jsonl. {self._advice()}"
             )
+
+    def _advice(self) -> str:
+        return (
+            f"The checkpoints in {self.run.store.folder} are good. In a new run try a lower learning rate, a longer "
+            "warm-up, or precision float32."
+        )
 
     def _report(self) -> None:
         """Metrics, snapshots and callbacks of the step just finished."""
@@ -254,6 +259,8 @@ class Trainer:
         if self.shared:
             tables["shared"] = self.shared
         if not all(bool(torch.isfinite(t).all()) for t in tables["weights"].values() if t.is_floating_point()):
+            if last:
+                raise NotFinite(f"the weights of step {self.step} are not finite: not saved. {self._advice()}")
             say(f"the weights of step {self.step} are not finite: not saved")
             return
         begun = time.monotonic()
