@@ -60,13 +60,12 @@ class Transform(BaseModel):
 
 def bucket_shapes(size: int, multiple: int) -> list[tuple[int, int]]:
     """Heights and widths of about size * size pixels, from 1:4 to 4:1, sides multiples of `multiple`, widest last."""
-    step = max(multiple, size // 8 // multiple * multiple)
-    sides = range(max(step, size // 2 // step * step), 2 * size + 1, step)
+    step = -(-size // (8 * multiple)) * multiple
     shapes = {(size, size)}
-    for side in sides:
-        other = max(multiple, round(size * size / side / multiple) * multiple)
-        if max(side, other) <= 4 * min(side, other):
-            shapes |= {(side, other), (other, side)}
+    for long in range(size, 2 * size + 1, step):
+        short = round(size * size / long / multiple) * multiple
+        if 2 / 3 < long * short / size**2 < 3 / 2:
+            shapes |= {(long, short), (short, long)}
     return sorted(shapes, key=lambda shape: (shape[1] / shape[0], shape))
 
 

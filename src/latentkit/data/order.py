@@ -90,10 +90,9 @@ class Order:
 
 @lru_cache(maxsize=8)
 def _turns(sizes: tuple[int, ...], batch: int, seed: int, turn: int) -> list[tuple[int, int]]:
-    """(bucket, number of its batch) for every step of one turn, shuffled."""
-    steps = [
-        (bucket, number)
-        for bucket, size in enumerate(sizes)
-        for number in range(turn * size // batch, (turn + 1) * size // batch)
-    ]
-    return [steps[i] for i in permutation(len(steps), seed, -1, turn)] if steps else []
+    """(bucket, number of its batch) for every step of one turn: buckets shuffled, the batches of each in order."""
+    batches = [range(turn * size // batch, (turn + 1) * size // batch) for size in sizes]
+    steps = [bucket for bucket, numbers in enumerate(batches) for _ in numbers]
+    shuffled = [steps[i] for i in permutation(len(steps), seed, -1, turn)] if steps else []
+    following = [iter(numbers) for numbers in batches]
+    return [(bucket, next(following[bucket])) for bucket in shuffled]

@@ -5,7 +5,7 @@ transparency are applied. What cannot be used is a `BadPicture` with a fixed rea
 """
 
 import io
-import warnings
+import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -205,6 +205,7 @@ def _decode_tiff(data: bytes, name: str) -> Picture:
         import tifffile
     except ImportError:
         raise BadPicture(name, f"is TIFF, which {EXTRA}") from None
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it would say is in our reasons
     try:
         with tifffile.TiffFile(io.BytesIO(data), _multifile=False) as tiff:
             series = tiff.series[0]
@@ -388,7 +389,7 @@ def to_tiff(picture: Tensor, *, depth: int = 16) -> bytes:
     rgb = channels in (3, 4)
     extra = {2: [2], 4: [2]}.get(channels, [0] * (channels - 1) if channels > 4 else None)
     out = io.BytesIO()
-    with warnings.catch_warnings(), tifffile.TiffWriter(out) as tiff:
+    with tifffile.TiffWriter(out) as tiff:
         tiff.write(
             array if channels > 1 else array[..., 0],
             photometric="rgb" if rgb else "minisblack",
