@@ -52,7 +52,7 @@ class _Document(BaseModel):
     provenance: dict[str, Any]
 
 
-def invalid(error: ValidationError, what: str, allowed: Iterable[str] = ()) -> InputError:
+def invalid(error: ValidationError, what: str, allowed: Iterable[str] = (), exit_code: int = 1) -> InputError:
     """The first lines of a pydantic error as an `InputError` about `what`; unknown names get the nearest `allowed`."""
     lines = []
     for entry in error.errors(include_url=False)[:4]:
@@ -62,7 +62,7 @@ def invalid(error: ValidationError, what: str, allowed: Iterable[str] = ()) -> I
         else:
             got = "" if entry["type"] == "missing" else f" (got {str(entry['input'])[:60]!r})"
             lines.append(f"{place}: {entry['msg'].removeprefix('Value error, ')}{got}")
-    return InputError(f"{what}: " + "; ".join(lines))
+    return InputError(f"{what}: " + "; ".join(lines), exit_code=exit_code)
 
 
 class _Shapes(TorchFunctionMode):

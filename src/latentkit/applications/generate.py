@@ -1,0 +1,158 @@
+"""The only path to pixels: requests become plans, one loop runs every plan and yields what happens."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentkit.applications import image_to_image
+from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
+from latentkit.applications.plan import Prepare, from_noise
+from latentkit.applications.request import Request, ask, known, resolve, told
+from latentkit.checkpoints.files import Model
+from latentkit.data.pictures import to_png
+from latentkit.diffusion.noise import PictureNoise
+from latentkit.diffusion.samplers.driver import sample
+from latentkit.errors import InputError
+from latentkit.model.latent_diffusion import LatentDiffusion
+
+APPLICATIONS: dict[str, Prepare] = {
+    "text-to-image": from_noise,
+    "class-to-image": from_noise,
+    "unconditional": from_noise,
+    "image-to-image": image_to_image.prepare,
+}
+CELLS_AT_ONCE = 1 << 14
+"""Latent cells of one batch: 32 pictures of 16x16 cells (at most), 4 of 64x64, one of 128x128."""
+OWN = ("prompt", "label", "negative", "seed", "init")
+"""Fields in which the pictures of one batch may differ."""
+
+
+class Progress(NamedTuple):
+    """`step` of `steps` of the batch that draws the pictures numbered `pictures` is done; `share` of the whole job.
+
+    `x0` `b c h w` are their latents as estimated now (`first_stage.decode` shows them), valid until the next event.
+    """
+
+    pictures: tuple[int, ...]
+    step: int
+    steps: int
+    share: float
+    x0: Tensor
+
+
+class Result(NamedTuple):
+    """A finished picture: its number, `c h w` in [-1, 1], and the record of how it was drawn."""
+
+    number: int
+    picture: Tensor
+    record: Record
+
+    @property
+    def request(self) -> Request:
+        """The request with every choice filled in: it draws this picture again."""
+        return self.record.request
+
+    def png(self) -> bytes:
+        """The PNG file, with the record in its text chunks."""
+        return to_png(self.picture, chunks(self.record))
+
+
+def generate(
+    model: Model, requests: Request | Sequence[Request], *, count: int = 1, exact: bool = False
+) -> Iterator[Progress | Result]:
+    """Draw `count` pictures of each request: events of progress, and each picture as it is finished.
+
+    Picture i of a request has seed + i; its noise is that of a single picture with that seed, whatever else is drawn.
+    `exact` draws one at a time, so that the pictures too equal single ones bit by bit. Closing the iterator cancels
+    between two steps. Errors: InputError before anything is drawn, or for a picture that is not finite.
+    """
+    if count < 1:
+        raise InputError(f"{count} pictures asked for; at least 1 is drawn", exit_code=2)
+    asked = [requests] if isinstance(requests, Request) else list(requests)
+    defaults = model.provenance.get("defaults", {})
+    jobs: list[Request] = []
+    for request in asked:
+        full = resolve(request, model.network, defaults)
+        jobs += [full.model_copy(update={"seed": known(full.seed) + i}) for i in range(count)]
+    done = 0
+    for rows in _batches(model.network, jobs, exact):
+        yield from _draw(model, {row: jobs[row] for row in rows}, done / len(jobs), len(rows) / len(jobs))
+        done += len(rows)
+
+
+def replay(model: Model, record: Record) -> Iterator[Progress | Result]:
+    """Draw the picture of a record again, in a batch of the size that it was drawn in."""
+    request = resolve(record.request, model.network, {})
+    model = model._replace(name=record.model) if model.digest == record.digest else model
+    for event in _draw(model, dict.fromkeys(range(record.batch), request), 0.0, 1.0):
+        if isinstance(event, Progress) or event.number == record.row:
+            yield event
+
+
+def draw(
+    network: LatentDiffusion, defaults: dict[str, Any], words: Sequence[str | None], seeds: Sequence[int]
+) -> Iterator[Tensor]:
+    """Pictures `c h w` for prompts (or classes, or nothing) and seeds, in their order: for sheets and measurements.
+
+    `defaults` are sampling settings (fields of `Request`).
+    """
+    requests = [ask(seed=seed, **told(network, text)) for text, seed in zip(words, seeds, strict=True)]
+    waiting: dict[int, Tensor] = {}
+    following = 0
+    for event in generate(Model(network, {"defaults": defaults}), requests):
+        if isinstance(event, Result):
+            waiting[event.number] = event.picture
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+
+
+def _batches(network: LatentDiffusion, jobs: Sequence[Request], exact: bool) -> Iterator[list[int]]:
+    """The numbers of the jobs, those that can be drawn together together."""
+    alike: dict[Request, list[int]] = {}
+    for index, job in enumerate(jobs):
+        alike.setdefault(job.model_copy(update=dict.fromkeys(OWN)), []).append(index)
+    for job, rows in alike.items():
+        _, height, width = network.latent_shape(known(job.height), known(job.width))
+        size = 1 if exact else max(1, min(MAX_BATCH, CELLS_AT_ONCE // (height * width)))
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+
+
+def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) -> Iterator[Progress | Result]:
+    """One batch: its progress, then its pictures. `before` and `part` are shares of the whole work."""
+    network, requests, pixels = model.network, list(jobs.values()), None
+    for event in _sample(network, requests):
+        if isinstance(event, Tensor):
+            pixels = event.clone()  # out of inference mode: the caller may do anything with it
+        else:
+            step, steps, x0 = event
+            yield Progress(tuple(jobs), step, steps, before + part * step / steps, x0)
+    assert pixels is not None
+    made_with = machine(model)
+    for row, (number, request) in enumerate(jobs.items()):
+        record = Record(
+            request=request, model=model.name, digest=model.digest, row=row, batch=len(requests), machine=made_with
+        )
+        yield Result(number, pixels[row].clone(), record)
+
+
+@torch.inference_mode()
+def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, int, Tensor] | Tensor]:
+    """(step, steps, x0) after each step, and last the pixels `b c h w` in [-1, 1] on the CPU."""
+    first = requests[0]
+    shape = network.latent_shape(known(first.height), known(first.width))
+    noise = PictureNoise([known(request.seed) for request in requests], shape)
+    plan = APPLICATIONS[known(first.task)](network, requests, noise)
+    steps, x = len(plan.sigmas) - 1, plan.x
+    for number, step in enumerate(sample(known(first.sampler), plan.denoise, x, plan.sigmas, noise.step), start=1):
+        x = step.x
+        yield number, steps, step.x0
+    pixels = plan.finish(x)
+    for request, latent, picture in zip(requests, x, pixels):
+        if not (torch.isfinite(latent).all() and torch.isfinite(picture).all()):
+            what = f"the picture with seed {request.seed} holds NaN or infinite values and was not drawn"
+            raise InputError(f"{what}: lower the guidance scale ({request.guidance_scale}), or take another model")
+    yield pixels.clamp(-1, 1).cpu()
