@@ -96,7 +96,8 @@ class Pictures:
         if transform.buckets and size % multiple:
             raise InputError(f"size {size} is not a multiple of {multiple}, which this model's pictures need")
         self.shapes = bucket_shapes(size, multiple) if transform.buckets else [(size, size)]
-        self._buckets = [nearest_shape(self.shapes, item.height, item.width) for item in source.items]
+        shape_of = {size: nearest_shape(self.shapes, *size) for size in {(i.height, i.width) for i in source.items}}
+        self._buckets = [shape_of[item.height, item.width] for item in source.items]
         for item in source.items:
             _check_channels(item, transform)
         self.replaced: dict[str, str] = {}

@@ -160,7 +160,8 @@ def list_folder(root: Path) -> Listing:
         kinds.append(kind)
         rejected += refused
         for key in sorted(words):
-            place = Place(key, 0, files[key].stat().st_size, stamp(files[key]))
+            mark = stamp(files[key])
+            place = Place(key, 0, mark[0], mark)
             said = words[key]
             entries.append(Entry(key, place, said._replace(split=said.split or split or None)))
     return Listing(max(kinds, key=kinds.count), entries, rejected)

@@ -20,6 +20,7 @@ def inspect(source: Source) -> dict[str, Any]:
     same = defaultdict(list)
     for item in items:
         same[item.digest].append(item.key)
+    labels = Counter(item.label for item in items)
     captions = [item.caption for item in items if item.caption]
     longest = max((item for item in items if item.caption), key=lambda item: len(item.caption or ""), default=None)
     return {
@@ -45,7 +46,7 @@ def inspect(source: Source) -> dict[str, Any]:
             "longest_key": longest.key if longest else None,
         },
         "keywords": sum(bool(item.keywords) for item in items),
-        "classes": {name: sum(item.label == name for item in items) for name in source.classes},
+        "classes": {name: labels[name] for name in source.classes},
         "splits": _counts(item.split for item in items if item.split),
         "rejected": [{"key": key, "reason": reason} for key, reason in source.rejected],
     }
