@@ -30,6 +30,11 @@ def _cosine(steps: int, start: float, end: float) -> np.ndarray:
     return np.minimum(1 - alpha_bar((t + 1) / steps) / alpha_bar(t / steps), 0.999)
 
 
+def _capped(sigmas: float | np.ndarray) -> np.ndarray:
+    """With the cap for what is infinite, and for what rounding has moved off it."""
+    return np.where(sigmas > SIGMA_CAP * (1 - 1e-9), SIGMA_CAP, sigmas)
+
+
 BETAS = {"linear": _linear, "scaled_linear": _scaled_linear, "cosine": _cosine}
 KINDS = (*BETAS, "flow")
 
@@ -63,7 +68,7 @@ class NoiseSchedule:
         if self.kind != "flow":
             betas = BETAS[self.kind](self.steps, self.beta_start, self.beta_end)
             alpha_bar = np.cumprod(1 - betas)
-            table = np.minimum(np.sqrt((1 - alpha_bar) / np.maximum(alpha_bar, 1e-300)), SIGMA_CAP)
+            table = _capped(np.sqrt((1 - alpha_bar) / np.maximum(alpha_bar, 1e-300)))
             object.__setattr__(self, "_log_sigmas", np.log(table))
 
     @property
@@ -72,8 +77,8 @@ class NoiseSchedule:
         if self.kind == "flow":
             t = np.arange(1, self.steps + 1, dtype=np.float64) / self.steps
             with np.errstate(divide="ignore"):
-                return np.minimum(t / (1 - t), SIGMA_CAP)
-        return np.asarray(np.exp(self._log_sigmas))  # type: ignore[attr-defined]
+                return _capped(t / (1 - t))
+        return _capped(np.exp(self._log_sigmas))  # type: ignore[attr-defined]
 
     @property
     def sigma_min(self) -> float:
@@ -104,9 +109,9 @@ class NoiseSchedule:
         if self.kind == "flow":
             t = timestep / self.steps
             with np.errstate(divide="ignore"):
-                return np.asarray(np.minimum(t / (1 - t), SIGMA_CAP))
+                return _capped(t / (1 - t))
         table = self._log_sigmas  # type: ignore[attr-defined]
-        return np.asarray(np.exp(np.interp(timestep, np.arange(self.steps, dtype=np.float64), table)))
+        return _capped(np.exp(np.interp(timestep, np.arange(self.steps, dtype=np.float64), table)))
 
     def initial_std(self, sigma: float, exact: bool = True) -> float:
         """Deviation of the start at `sigma`: sqrt(1 + sigma^2) of unit-variance data, or sigma as some peers take."""
