@@ -1,0 +1,288 @@
+"""What the speed benchmark runs: each part's work by our library and by the peer, on the same weights and inputs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peer
+import torch
+from torch import Tensor, nn
+
+from latentkit.applications.generate import Result, generate
+from latentkit.applications.request import TextToImage
+from latentkit.checkpoints.files import load, save_model
+from latentkit.diffusion.noise import PictureNoise, keyed_batch
+from latentkit.model.conditioners.text import TextConditioner, train_tokenizer
+from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
+from latentkit.model.presets import SCHEDULE
+from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.bottleneck import Posterior, posterior
+from latentkit.nets.towers import TextEncoderConfig
+from latentkit.nets.unet import UNetConfig
+from latentkit.training.autoencoder import AutoencoderObjective, ReconstructionLoss
+from latentkit.training.diffusion import DiffusionLoss, DiffusionObjective
+from latentkit.training.losses import pyramid_l1, structure
+from latentkit.training.optimizers import Optimiser, Stepper
+
+CAPTIONS = ["a red heart", "a slice of pizza", "the flag of a far country", "a cat with sunglasses"]
+GUIDANCE = 5.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the work is."""
+
+    autoencoder: dict[str, Any]
+    unet: dict[str, Any]
+    text: dict[str, Any]
+    autoencoder_batch: int
+    autoencoder_pixels: int
+    unet_batch: int
+    latent: int
+    drawn: int
+    steps: int
+
+
+FULL = Sizes(
+    autoencoder={"channels": 64},
+    unet={"channels": 128, "multipliers": (1, 2, 2), "depth": (1, 1, 0), "heads": 4},
+    text={"vocabulary": 512, "length": 16, "width": 256, "layers": 2, "heads": 4},
+    autoencoder_batch=8,
+    autoencoder_pixels=64,
+    unet_batch=16,
+    latent=16,
+    drawn=4,
+    steps=10,
+)
+QUICK = Sizes(
+    autoencoder={"channels": 32, "multipliers": (1, 2), "blocks": 1},
+    unet={"channels": 32, "multipliers": (1, 2), "depth": (1, 0), "blocks": 1, "heads": 2},
+    text={"vocabulary": 300, "length": 8, "width": 32, "layers": 1, "heads": 2},
+    autoencoder_batch=2,
+    autoencoder_pixels=32,
+    unet_batch=2,
+    latent=8,
+    drawn=2,
+    steps=4,
+)
+
+
+class Part(NamedTuple):
+    """One thing that is measured: each run of a side handles `pictures` pictures."""
+
+    pictures: int
+    ours: Callable[[], Callable[[], Tensor]]
+    theirs: Callable[[peer.Variant, bool], Callable[[], Tensor]]
+    """The peer's run in a variant; False: with weights of its own, so that ours need not be in memory."""
+    check: Callable[[], dict[str, float]]
+    """Differences of the two sides in float32."""
+
+
+def redraw(module: nn.Module) -> None:
+    """Weights that are random everywhere: layers that start at zero would hide the branches behind them."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if parameter.ndim > 1 or name.endswith("bias"):
+            deviation = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
+            parameter.data = torch.randn(parameter.shape, generator=generator) * deviation
+
+
+def trained(loss: Callable[[], Tensor], named: dict[str, nn.Parameter], bf16: bool) -> Callable[[], Tensor]:
+    """One training step as our trainer does it: autocast, backward pass, clipping, fused AdamW."""
+    stepper = Stepper(named.items(), Optimiser(lr=1e-5))
+    parameters = list(named.values())
+
+    def step() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            value = loss()
+        value.backward()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        if norm > 1:
+            torch._foreach_mul_(gradients, 1 / norm)
+        stepper.step(1e-5)
+        for parameter in parameters:
+            parameter.grad = None
+        return value.detach()
+
+    return step
+
+
+def compared(
+    ours: Callable[[], Tensor], theirs: Callable[[], Tensor], pairs: list[tuple[nn.Parameter, nn.Parameter]]
+) -> dict[str, float]:
+    """How far two losses and their gradients with respect to pairs of parameters lie apart."""
+
+    def gradients(loss: Callable[[], Tensor], side: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        value = loss()
+        return value.detach(), torch.autograd.grad(value, [pair[side] for pair in pairs])
+
+    (value, mine), (other, yours) = gradients(ours, 0), gradients(theirs, 1)
+    apart = [
+        float((a - b).abs().max() / a.abs().max()) for a, b in zip(mine, yours, strict=True) if a.abs().max() > 1e-6
+    ]
+    return {"loss": float(((value - other) / value).abs()), "gradients": max(apart)}
+
+
+def paired(ours: nn.Module, theirs: nn.Module, rules: list[tuple[str, str]]) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Our parameters, each with the peer's of the same meaning."""
+    others = dict(theirs.named_parameters())
+    return [(parameter, others[peer.renamed(name, rules)]) for name, parameter in ours.named_parameters()]
+
+
+def autoencoder_part(sizes: Sizes, _: Path) -> Part:
+    """Training of the first stage in Stable Diffusion's layout."""
+    config, weights = AutoencoderConfig(**sizes.autoencoder), ReconstructionLoss()
+    side, cells = sizes.autoencoder_pixels, sizes.autoencoder_pixels // config.downsampling
+    draws = torch.arange(sizes.autoencoder_batch)
+    pixels = keyed_batch(draws, (3, side, side), 0, "pixels").clamp(-1, 1)
+    noise = keyed_batch(draws, (config.latent_channels, cells, cells), 0, "posterior")
+
+    def ours() -> tuple[Autoencoder, Callable[[], Tensor]]:
+        network = Autoencoder(config)
+        redraw(network)
+        objective = AutoencoderObjective(network.to(memory_format=torch.channels_last), weights, 0)
+        return network, lambda: objective.loss("autoencoder", {"pixels": pixels, "draw": draws}, {})[0]
+
+    def compare(decoded: Tensor, pixels: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+        parts = (decoded - pixels).abs().mean(), pyramid_l1(decoded, pixels), structure(decoded, pixels)
+        value = weights.l1 * parts[0] + weights.pyramid * parts[1] + weights.structure * parts[2]
+        return value + weights.kl * Posterior(mean, log_variance).kl()
+
+    def theirs(variant: peer.Variant, network: Autoencoder | None) -> tuple[Any, Callable[[], Tensor]]:
+        other = peer.prepared(config, variant, network)
+        return other, peer.autoencoder_loss(other, variant, pixels, noise, compare)
+
+    def check() -> dict[str, float]:
+        network, loss = ours()
+        other, other_loss = theirs(peer.Variant(False, False, False), network)
+        return compared(loss, other_loss, paired(network, other, peer.AUTOENCODER))
+
+    def our_step() -> Callable[[], Tensor]:
+        network, loss = ours()
+        return trained(loss, dict(network.named_parameters()), bf16=True)
+
+    def peer_step(variant: peer.Variant, same: bool) -> Callable[[], Tensor]:
+        other, loss = theirs(variant, ours()[0] if same else None)
+        return trained(loss, dict(other.named_parameters()), variant.bf16)
+
+    return Part(len(pixels), our_step, peer_step, check)
+
+
+def architecture(sizes: Sizes, drawing: bool) -> Architecture:
+    """The diffusion model: Stable Diffusion 1's U-Net and autoencoder, narrower, with an own text encoder."""
+    full = AutoencoderConfig(**sizes.autoencoder)
+    unused = AutoencoderConfig(channels=32, multipliers=(1,), blocks=1, attention=False)  # latents come from a cache
+    side = sizes.latent * full.downsampling
+    return fit_network(
+        Architecture(
+            network=UNetConfig(linear_projection=False, **sizes.unet),
+            first_stage=full if drawing else unused,
+            size=(side, side),
+            schedule=SCHEDULE,
+            prediction="eps",
+            text=TextEncoderConfig(**sizes.text),
+        )
+    )
+
+
+def conditioner(sizes: Sizes) -> TextConditioner:
+    """A text conditioner with a tokenizer of its own, its weights random."""
+    text = TextConditioner(TextEncoderConfig(**sizes.text), train_tokenizer(CAPTIONS, sizes.text["vocabulary"]))
+    redraw(text)
+    return text
+
+
+def unet_part(sizes: Sizes, _: Path) -> Part:
+    """Training of the U-Net on cached latents, jointly with a text encoder (which is ours on both sides)."""
+    shape, settings = architecture(sizes, drawing=False), DiffusionLoss(condition_dropout=0.0)
+    draws = torch.arange(sizes.unet_batch)
+    latent = (shape.network.channels_in, sizes.latent, sizes.latent)
+    moments = keyed_batch(draws, (2 * latent[0], *latent[1:]), 0, "moments")
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(sizes.unet_batch)]
+    batch = {"moments": moments, "draw": draws, "caption": captions, "label": torch.full_like(draws, -1)}
+
+    def ours() -> tuple[LatentDiffusion, DiffusionObjective]:
+        text = conditioner(sizes)
+        model = LatentDiffusion(shape, {"text": text.state()})
+        redraw(model.denoiser)
+        model.conditioners["text"] = text
+        objective = DiffusionObjective(model.to(memory_format=torch.channels_last), settings, 0)
+        return model, objective
+
+    def theirs(variant: peer.Variant, model: LatentDiffusion | None) -> tuple[Any, Any, Callable[[], Tensor]]:
+        network = peer.prepared(shape.network, variant, None if model is None else model.denoiser.unet)
+        text = conditioner(sizes)
+        sigma = settings.sigma.sigmas(draws, shape.schedule, 0)
+        rows = sigma.float()[:, None, None, None]
+        target = keyed_batch(draws, latent, 0, "noise")
+        x0 = posterior(moments).sample(keyed_batch(draws, latent, 0, "posterior"))
+        x = (x0 + rows * target) * torch.rsqrt(1 + rows**2)
+        timestep = torch.from_numpy(shape.schedule.to_timestep(sigma.numpy())).float()
+        ids = text.tokens(captions)
+        return network, text, peer.diffusion_loss(network, variant, text.encoder, ids, x, timestep, target)
+
+    def check() -> dict[str, float]:
+        model, objective = ours()
+        network, text, loss = theirs(peer.Variant(False, False, False), model)
+        pairs = paired(model.denoiser.unet, network, peer.UNET)
+        pairs += zip(model.conditioners.parameters(), text.parameters(), strict=True)
+        return compared(lambda: objective.loss("diffusion", batch, {})[0], loss, pairs)
+
+    def our_step() -> Callable[[], Tensor]:
+        _, objective = ours()
+        named = dict(objective.module.named_parameters())
+        return trained(lambda: objective.loss("diffusion", batch, {})[0], named, bf16=True)
+
+    def peer_step(variant: peer.Variant, same: bool) -> Callable[[], Tensor]:
+        network, text, loss = theirs(variant, ours()[0] if same else None)
+        named = {f"{i}.{name}": p for i, m in enumerate((network, text)) for name, p in m.named_parameters()}
+        return trained(loss, named, variant.bf16)
+
+    return Part(len(draws), our_step, peer_step, check)
+
+
+def generation_part(sizes: Sizes, folder: Path) -> Part:
+    """Words to pictures by Euler's method with guidance, from a model file through the library's only path."""
+    file = folder / "model.safetensors"
+    shape = architecture(sizes, drawing=True)
+    if not file.exists():
+        text = conditioner(sizes)
+        model = LatentDiffusion(shape, {"text": text.state()})
+        redraw(model)
+        save_model(file, model, {})
+    seeds = range(sizes.drawn)
+    words = [CAPTIONS[seed % len(CAPTIONS)] for seed in seeds]
+    asked = {"sampler": "euler", "spacing": "uniform", "steps": sizes.steps, "guidance_scale": GUIDANCE}
+
+    def ours(dtype: torch.dtype | None = None) -> Callable[[], Tensor]:
+        model = load(file, "cpu", dtype)
+        requests = [TextToImage(prompt=prompt, seed=seed, **asked) for prompt, seed in zip(words, seeds)]
+
+        def draw() -> Tensor:
+            done = [event for event in generate(model, requests) if isinstance(event, Result)]
+            return torch.stack([event.picture for event in sorted(done, key=lambda event: event.number)])
+
+        return draw
+
+    def theirs(variant: peer.Variant, same: bool) -> Callable[[], Tensor]:
+        text = conditioner(sizes)
+        source = load(file, "cpu", torch.float32).network if same else None
+        if source is not None:
+            text.load_state_dict(source.conditioners["text"].state_dict())
+        network = peer.prepared(shape.network, variant, source.denoiser.unet if source else None)
+        first_stage = peer.prepared(shape.first_stage, variant, source.first_stage.autoencoder if source else None)
+        noise = PictureNoise(list(seeds), (shape.first_stage.latent_channels, sizes.latent, sizes.latent)).initial()
+        ids = text.tokens([""] * len(words) + words)
+        return peer.pictures(network, first_stage, variant, text.encoder, ids, noise, sizes.steps, GUIDANCE)
+
+    def check() -> dict[str, float]:
+        mine, yours = ours(torch.float32)(), theirs(peer.Variant(False, False, False), True)()
+        assert (mine.abs() < 1).float().mean() > 0.5, "nearly all pixels are clipped: nothing is compared"
+        return {"pictures": float((mine - yours).abs().max())}
+
+    return Part(sizes.drawn, ours, theirs, check)
+
+
+MAKERS = {"autoencoder": autoencoder_part, "unet": unet_part, "generation": generation_part}
