@@ -15,7 +15,7 @@ CLASSES = ["animal", "food", "symbol"]
 
 
 def tiny_model(*, text: bool = True, label: bool = False, latent: bool = True, channels: int = 3) -> LatentDiffusion:
-    """A model of 32x32 pixels with weights drawn at random (none of them at zero, so that every part has a say)."""
+    """A model of 32x32 pixels, always the same, with no weight at zero, so that every part has a say."""
     own = AutoencoderConfig(
         picture_channels=channels, latent_channels=4, channels=16, multipliers=(1, 2), blocks=1, stem=2, attention=False
     )
@@ -30,9 +30,11 @@ def tiny_model(*, text: bool = True, label: bool = False, latent: bool = True, c
     state = {"text": {"tokenizer": train_tokenizer(CAPTIONS, 300)}, "label": {"classes": CLASSES}}
     model = LatentDiffusion(fit_network(architecture), state)
     for index, (name, parameter) in enumerate(model.named_parameters()):
+        drawn = keyed_normal(parameter.shape, 1, index, name)
         if parameter.ndim > 1:
-            fan_in = parameter[0].numel()
-            parameter.data = keyed_normal(parameter.shape, 1, index, name) * fan_in**-0.5
+            parameter.data = drawn * parameter[0].numel() ** -0.5
+        else:
+            parameter.data = 0.1 * drawn + float(name.endswith("weight"))
     z = model.first_stage.latent_channels
     model.first_stage.set_statistics(torch.linspace(-0.1, 0.1, z), torch.linspace(0.5, 1.5, z))
     return model.eval().requires_grad_(False)

@@ -11,7 +11,7 @@ from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import Request, ask, known, resolve, told
 from latentkit.checkpoints.files import Model
-from latentkit.data.pictures import to_png
+from latentkit.data.pictures import to_png, to_tiff
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import sample
 from latentkit.errors import InputError
@@ -57,6 +57,10 @@ class Result(NamedTuple):
     def png(self) -> bytes:
         """The PNG file, with the record in its text chunks."""
         return to_png(self.picture, chunks(self.record))
+
+    def file(self) -> tuple[str, bytes]:
+        """Suffix and bytes of the file to write: PNG, or 16-bit TIFF (without record) for more than 4 channels."""
+        return ("png", self.png()) if len(self.picture) <= 4 else ("tiff", to_tiff(self.picture))
 
 
 def generate(

@@ -69,7 +69,7 @@ def machine(model: Model) -> Machine:
     """This machine, with the device and type that `model` computes in."""
     parameter = next(model.network.denoiser.parameters())
     if parameter.device.type == "cuda":
-        device = torch.cuda.get_device_name(parameter.device)
+        device = f"cuda {torch.cuda.get_device_name(parameter.device)}"
     else:
         fast = (torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
         extras = [name for name, there in zip(("bf16", "amx"), fast) if there]

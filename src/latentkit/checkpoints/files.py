@@ -23,6 +23,8 @@ from latentkit.errors import InputError, nearest
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.towers import TextEncoderConfig
+from latentkit.nets.unet import UNetConfig
 
 FORMAT: Literal[1] = 1
 SHIPPED = Path(__file__).resolve().parent.parent / "models"
@@ -57,10 +59,11 @@ def invalid(error: ValidationError, what: str, allowed: Iterable[str] = (), exit
     lines = []
     for entry in error.errors(include_url=False)[:4]:
         place = ".".join(str(part) for part in entry["loc"]) or "it"
-        if entry["type"] == "extra_forbidden":
+        if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{place!r} is unknown" + (f"; {nearest(place, allowed)}" if allowed else ""))
         else:
-            got = "" if entry["type"] == "missing" else f" (got {str(entry['input'])[:60]!r})"
+            whole = entry["type"] in ("missing", "value_error")  # the message says it all
+            got = "" if whole else f" (got {str(entry['input'])[:60]!r})"
             lines.append(f"{place}: {entry['msg'].removeprefix('Value error, ')}{got}")
     return InputError(f"{what}: " + "; ".join(lines), exit_code=exit_code)
 
@@ -154,7 +157,7 @@ def load_model(
     path = Path(path)
     document, tensors = _read(path, "latent-diffusion")
     architecture = _architecture(path, document, Architecture)
-    _check_cost(path, architecture, len(tensors))
+    _check_cost(path, [architecture.network, architecture.first_stage, architecture.text], len(tensors))
     try:
         with torch.device("meta"), _Shapes():
             model = LatentDiffusion(architecture, document.state)
@@ -188,7 +191,7 @@ def load_autoencoder(
     if document.kind == "latent-diffusion":
         return load_model(path, device, dtype)[0].first_stage
     config = _architecture(path, document, AutoencoderConfig)
-    _check_cost(path, Architecture(network=None, first_stage=config), len(tensors))  # type: ignore[arg-type]
+    _check_cost(path, [config], len(tensors))
     try:
         with torch.device("meta"), _Shapes():
             first_stage = FirstStage(config, config.picture_channels)
@@ -294,22 +297,27 @@ def _document(path: Path, metadata: dict[str, str], kind: Kind | None) -> _Docum
 
 
 def _architecture(path: Path, document: _Document, config: type[Any]) -> Any:
+    schedule = document.architecture.get("schedule")
+    steps = schedule.get("steps") if isinstance(schedule, dict) else None
+    if isinstance(steps, int) and steps > MAX_SCHEDULE:
+        raise InputError(f"{path}: its noise schedule has {steps} steps; at most {MAX_SCHEDULE} are read")
     try:
         return TypeAdapter(config).validate_json(json.dumps(document.architecture), strict=True)
     except ValidationError as error:
         raise invalid(error, f"{path}: its architecture is invalid") from None
 
 
-def _check_cost(path: Path, architecture: Architecture, tensors: int) -> None:
-    """Refuse an architecture that asks for more blocks than the file has tensors, before any is built."""
-    network, own, text = architecture.network, architecture.first_stage, architecture.text
-    blocks = [len(own.multipliers) * own.blocks] if own else []
-    blocks += [text.layers] if text else []
-    if network is not None:
-        blocks += [network.blocks * (1 + depth) for depth in network.depth]
-        blocks += [network.middle_depth, len(network.depth)]
-    counts_fit = all(0 <= count <= tensors for count in blocks) and sum(blocks) <= tensors
-    if not counts_fit or architecture.schedule.steps > MAX_SCHEDULE:
+def _check_cost(path: Path, parts: list[Any], tensors: int) -> None:
+    """Refuse configs that ask for more blocks than the file has tensors, before any is built."""
+    blocks: list[int] = []
+    for part in parts:
+        if isinstance(part, AutoencoderConfig):
+            blocks.append(len(part.multipliers) * part.blocks)
+        elif isinstance(part, TextEncoderConfig):
+            blocks.append(part.layers)
+        elif isinstance(part, UNetConfig):
+            blocks += [part.blocks * (1 + depth) for depth in part.depth] + [part.middle_depth]
+    if any(count < 0 for count in blocks) or sum(blocks) > tensors:
         raise InputError(f"{path}: its architecture asks for {sum(blocks)} blocks; the file has {tensors} tensors")
 
 

@@ -1,0 +1,93 @@
+"""`latentkit generate`: draw pictures with a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentkit.errors import InputError
+
+
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw; several draw several.")] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A shipped model, a model file or a run folder.")
+    ] = "emoji",
+    count: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt, with seeds counting up.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out"),
+    seed: Annotated[int | None, typer.Option(help="Seed of the first picture (default: drawn at random).")] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="How to step: dpm++2m, euler, heun, ...")] = None,
+    spacing: Annotated[str | None, typer.Option(help="Which noise levels to visit: uniform, karras, ...")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="WIDTHxHEIGHT in pixels (default: as the model was trained).")
+    ] = None,
+    label: Annotated[str | None, typer.Option(help="Class to draw, for a model with classes.")] = None,
+    negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
+    init: Annotated[Path | None, typer.Option(help="Picture to start from (image-to-image).")] = None,
+    strength: Annotated[float | None, typer.Option(help="Share of the path done again from --init, 0 to 1.")] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="One at a time: a batch equals its singles bit by bit.")
+    ] = False,
+    grid: Annotated[bool, typer.Option("--grid", help="Write one sheet of all pictures too.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture.")] = False,
+) -> None:
+    """Draw pictures. Prints the path of each; never writes over a file."""
+    from latentkit.applications.generate import generate as run
+    from latentkit.applications.request import Attachment, ask
+    from latentkit.checkpoints.files import load
+    from latentkit.cli.output import open_folder, show, slug, write_new
+
+    width, height = _size(size)
+    fields = {
+        "label": label,
+        "negative": negative,
+        "seed": seed,
+        "width": width,
+        "height": height,
+        "sampler": sampler,
+        "spacing": spacing,
+        "steps": steps,
+        "guidance_scale": guidance,
+        "init": Attachment.read(init) if init else None,
+        "strength": strength,
+    }
+    requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
+    loaded = load(model)
+    events = run(loaded, requests, count=count, exact=exact)
+    open_folder(out)
+    drawn = {}
+    for result in show(events):
+        words = result.request.prompt or result.request.label or str(result.request.task)
+        data = result.file()
+        path = write_new(out, f"{slug(words) or 'picture'}-{result.request.seed}", *data)
+        typer.echo(_line(path, data[1], result.request.model_dump(mode="json", exclude_none=True)) if json else path)
+        if grid:
+            drawn[result.number] = result.picture
+    if grid:
+        from latentkit.data.pictures import grid as arrange
+        from latentkit.data.pictures import to_png
+
+        sheet = to_png(arrange([picture if len(picture) < 5 else picture[:3] for _, picture in sorted(drawn.items())]))
+        path = write_new(out, "grid", "png", sheet)
+        typer.echo(_line(path, sheet, {"task": "grid"}) if json else path)
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of "64x48" or "64"."""
+    if text is None:
+        return None, None
+    width, _, height = text.lower().partition("x")
+    try:
+        return int(width), int(height or width)
+    except ValueError:
+        raise InputError(f"size {text!r} is not WIDTHxHEIGHT in pixels, such as 64x48", exit_code=2) from None
+
+
+def _line(path: Path, data: bytes, request: dict[str, object]) -> str:
+    import hashlib
+    import json
+
+    described = {"path": str(path), "sha256": hashlib.sha256(data).hexdigest(), **request}
+    return json.dumps(described, ensure_ascii=False)

@@ -1,0 +1,73 @@
+"""What the drawing commands show and write: progress on stderr, new files and never old ones."""
+
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentkit.errors import InputError
+
+if TYPE_CHECKING:
+    from latentkit.applications.generate import Progress, Result
+
+WORTH_SHOWING = 2.0  # seconds of work below which nothing is shown
+PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
+LONGEST_NAME = 48
+
+
+def show(events: "Iterator[Progress | Result]") -> "Iterator[Result]":
+    """The pictures among the events; progress with the remaining time goes to stderr where it is worth it."""
+    from latentkit.applications.generate import Result
+
+    terminal = sys.stderr.isatty()
+    quiet = not logging.getLogger("latentkit").isEnabledFor(logging.INFO)
+    started = shown = time.monotonic()
+    for event in events:
+        if isinstance(event, Result):
+            if terminal and shown > started:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            yield event
+            continue
+        now = time.monotonic()
+        total = (now - started) / event.share
+        if quiet or total < WORTH_SHOWING or not (terminal or now - shown >= PLAIN_EVERY):
+            continue
+        shown = now
+        line = f"drawing {event.share:4.0%}  step {event.step}/{event.steps}  {total - (now - started):.0f} s left"
+        print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
+
+
+def open_folder(folder: Path) -> None:
+    """Make the folder that pictures go to; InputError before any work where it cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"pictures cannot go to {folder}: {error.strerror or error}", exit_code=2) from None
+
+
+def slug(words: str) -> str:
+    """Words as the beginning of a file name."""
+    return re.sub(r"\W+", "-", words.lower()).strip("-")[:LONGEST_NAME].rstrip("-")
+
+
+def write_new(folder: Path, name: str, suffix: str, data: bytes) -> Path:
+    """Write `data` to `name.suffix`, or `name-2.suffix` and so on where that exists; returns the path."""
+    number = 1
+    while True:
+        path = folder / (f"{name}.{suffix}" if number == 1 else f"{name}-{number}.{suffix}")
+        try:
+            with open(path, "xb") as file:
+                try:
+                    file.write(data)
+                    file.flush()
+                except BaseException:
+                    path.unlink(missing_ok=True)
+                    raise
+            return path
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise InputError(f"{path} could not be written: {error.strerror or error}") from None

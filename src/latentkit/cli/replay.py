@@ -1,0 +1,70 @@
+"""`latentkit replay`: draw a picture again from what it says of its own making."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentkit.errors import InputError
+
+LARGEST = 1 << 28
+
+
+def replay(
+    picture: Annotated[Path, typer.Argument(help="A PNG that latentkit drew.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="The model that drew it, unless shipped.")] = None,
+    init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image).")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture.")] = Path("out"),
+) -> None:
+    """Draw a picture again: the same bytes with the same model, versions, threads and kind of machine.
+
+    Exits with 1 where the bytes differ, after writing the picture and saying why.
+    """
+    import os
+
+    import torch
+
+    from latentkit.applications.generate import replay as run
+    from latentkit.applications.metadata import read
+    from latentkit.applications.request import Attachment
+    from latentkit.checkpoints.files import load, shipped
+    from latentkit.cli.output import open_folder, show, write_new
+    from latentkit.training.progress import say
+
+    original = _bytes(picture)
+    record = read(original, str(picture))
+    if init is not None:
+        attached = Attachment.read(init)
+        wanted = record.request.init.digest if record.request.init else "none"
+        if attached.digest != wanted:
+            got = f"{init} has pixels of sha256 {attached.digest[:16]}"
+            raise InputError(f"{got}; {picture} was drawn from {wanted[:16]}", exit_code=2)
+        record = record.model_copy(update={"request": record.request.model_copy(update={"init": attached})})
+    if model is None and record.model not in shipped():
+        raise InputError(f"{picture} was drawn by {record.model!r}, which is not shipped; give it with -m", exit_code=2)
+    there = record.machine
+    device = "cuda" if there.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
+    if there.threads <= 4 * (os.cpu_count() or 1):
+        torch.set_num_threads(there.threads)
+    loaded = load(model or record.model, device, getattr(torch, there.dtype))
+    differences = record.differences(loaded)
+    for difference in differences:
+        say(f"latentkit: {difference}")
+    events = run(loaded, record)
+    open_folder(out)
+    for result in show(events):
+        suffix, data = result.file()
+        typer.echo(write_new(out, f"{picture.stem}-replay", suffix, data))
+        if data != original:
+            why = "; ".join(differences) or "the file was changed, or this machine computes in another way"
+            say(f"latentkit: the bytes differ from {picture}: {why}")
+            raise typer.Exit(1)
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path}: is larger than {LARGEST >> 20} MB")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
