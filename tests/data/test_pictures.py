@@ -164,6 +164,13 @@ def test_sixteen_bit_gray_keeps_its_bits():
     assert (naive == 255).mean() > 0.9  # what convert() alone would have made of it
 
 
+def test_a_profile_does_not_cost_sixteen_bit_gray_its_bits():
+    ramp = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16) + 3
+    picture = decode(file_of(Image.fromarray(ramp), icc_profile=icc(b"GRAY", 1.0)), "a")
+    assert np.array_equal(picture.array[..., 0], ramp)
+    assert picture.notes == ("colour profile of 16-bit gray ignored",)
+
+
 def test_sixteen_bit_colour_is_read_and_said():
     row = struct.pack(">HHH", 0x1234, 0x8000, 0xFFFF) * 8
     picture = decode(png(8, 8, 16, 2, [row] * 8), "a")
@@ -377,6 +384,25 @@ def test_tiff_size_is_refused_before_reading(monkeypatch):
     monkeypatch.setattr(pictures, "MAX_SAMPLES", 64 * 64 * 8)
     with pytest.raises(BadPicture, match="too large"):
         decode(data, "a.tif")
+
+
+def test_planes_count_before_reading(monkeypatch):
+    data = tiff(np.zeros((3, 64, 64), np.uint8), photometric="minisblack")
+    assert decode(data, "a.tif").array.shape == (64, 64, 1)
+    monkeypatch.setattr(pictures, "MAX_SAMPLES", 64 * 64 * 2)
+    with pytest.raises(BadPicture, match="split its planes"):
+        decode(data, "a.tif")
+
+
+def test_only_the_reader_of_its_format_sees_a_file(monkeypatch):
+    Image.preinit()
+    seen = []
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "OTHER"])
+    monkeypatch.setitem(Image.OPEN, "OTHER", (lambda file, name: seen.append(name), None))
+    for data in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\x10\0\0\0WEBPVP8 "):
+        with pytest.raises(BadPicture):
+            decode(data, "a")
+    assert seen == []
 
 
 def test_tiff_without_its_extra_says_what_to_install(monkeypatch):

@@ -212,6 +212,20 @@ def test_every_unusable_file_is_named(tmp_path, save):
     assert sorted(os.listdir(root)) == before
 
 
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, save, monkeypatch):
+    save(tmp_path / "a.png", 0)
+    save(tmp_path / "shut/b.png", 0)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert reasons(open_source(tmp_path)) == {"shut": "cannot be listed (Permission denied)"}
+
+
 def test_a_second_open_decodes_nothing(tmp_path, save, monkeypatch, own_cache):
     root = tmp_path / "set"
     for i in range(5):

@@ -5,7 +5,7 @@ import json
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from latentkit.errors import InputError
 
@@ -22,16 +22,17 @@ SPLITS = {
 }
 
 
-class Place(NamedTuple):
-    """Where a picture's bytes lie: `file` relative to the root, bytes `offset` to `offset + size`, and its stamp.
+# A file's size in bytes, modification and change time in ns: while they stay, the file is taken as unchanged.
+Stamp: TypeAlias = tuple[int, int, int]
 
-    `stamp` is the file's size, modification and change time in ns: while it stays, the file is taken as unchanged.
-    """
+
+class Place(NamedTuple):
+    """Where a picture's bytes lie: `file` relative to the root, bytes `offset` to `offset + size`, and its stamp."""
 
     file: str
     offset: int
     size: int
-    stamp: tuple[int, int, int]
+    stamp: Stamp
 
 
 class Rejected(NamedTuple):
@@ -87,61 +88,59 @@ def words_of(record: dict[str, Any]) -> Words:
     )
 
 
-def stamp(path: Path) -> tuple[int, int, int]:
-    """Size in bytes, modification and change time in ns."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 def first_line(data: bytes) -> str | None:
     """The first line of a caption file, None when empty."""
     text = data[:MAX_CAPTION_BYTES].decode("utf-8-sig", errors="replace").lstrip()
     return (text.splitlines()[0].strip() or None) if text else None
 
 
-def walk(root: Path) -> tuple[dict[str, Path], list[Rejected]]:
-    """Every regular file below `root` by its relative path, and the links and devices that are refused.
+def walk(root: Path) -> tuple[dict[str, Stamp], list[Rejected]]:
+    """The stamp of every regular file below `root` by its relative path, and the links and devices that are refused.
 
     Hidden files are passed over. A link is followed only to a file inside the root.
     """
-    files: dict[str, Path] = {}
-    rejected = []
-    inside = root.resolve()
-    for folder, folders, names in os.walk(root):
-        here = Path(folder)
-        for name in sorted(folders):
-            if (here / name).is_symlink() and not name.startswith("."):
-                key = (here / name).relative_to(root).as_posix()
-                rejected.append(Rejected(key, "is a symbolic link to a folder, which is not followed"))
+    files: dict[str, Stamp] = {}
+    rejected: list[Rejected] = []
+    inside = os.path.realpath(root)
+
+    def unreadable(error: OSError) -> None:
+        rejected.append(Rejected(os.path.relpath(error.filename, inside), f"cannot be listed ({error.strerror})"))
+
+    for folder, folders, names in os.walk(inside, onerror=unreadable):
+        prefix = "" if folder == inside else os.path.relpath(folder, inside).replace(os.sep, "/") + "/"
         folders[:] = sorted(n for n in folders if not n.startswith(".") and n != "__MACOSX")
+        for name in folders:
+            if os.path.islink(os.path.join(folder, name)):
+                rejected.append(Rejected(prefix + name, "is a symbolic link to a folder, which is not followed"))
         for name in sorted(names):
             if name.startswith("."):
                 continue
-            path = here / name
-            key = path.relative_to(root).as_posix()
-            reason = refusal(path, inside)
-            if reason is None:
-                files[key] = path
-            elif path.suffix.lower() in (*PICTURE_ENDINGS, *FOREIGN_ENDINGS, *CAPTION_ENDINGS, ".tar"):
-                rejected.append(Rejected(os.fsencode(key).decode("utf-8", "replace"), reason))
+            found = look(os.path.join(folder, name), inside)
+            if not isinstance(found, str):
+                files[prefix + name] = found
+            elif name.lower().endswith((*PICTURE_ENDINGS, *FOREIGN_ENDINGS, *CAPTION_ENDINGS, *METADATA)):
+                rejected.append(Rejected(os.fsencode(prefix + name).decode("utf-8", "replace"), found))
     return files, rejected
 
 
-def refusal(path: Path, inside: Path) -> str | None:
-    """Why a file is not opened (a link that leaves the resolved folder `inside`, a device), or None."""
+def look(path: str | Path, inside: str | Path) -> Stamp | str:
+    """The stamp of a file, or why it is not opened (a link that leaves the real folder `inside`, a device)."""
     try:
         str(path).encode()
-        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(inside):
-            return "is a symbolic link that leaves the data folder"
-        if not stat.S_ISREG(path.stat().st_mode):
+        found = os.lstat(path)
+        if stat.S_ISLNK(found.st_mode):
+            if not Path(os.path.realpath(path, strict=True)).is_relative_to(inside):
+                return "is a symbolic link that leaves the data folder"
+            found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode):
             return "is not a regular file"
         if not os.access(path, os.R_OK):
             return "cannot be read (permission)"
     except UnicodeEncodeError:
         return "has a name that is not UTF-8; rename it"
-    except (OSError, RuntimeError):
+    except OSError:
         return "is a symbolic link that leads nowhere"
-    return None
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def list_folder(root: Path) -> Listing:
@@ -156,24 +155,26 @@ def list_folder(root: Path) -> Listing:
     kinds, entries = [], []
     for prefix, split in parts:
         inside = {key for key in pictures if key.startswith(prefix)}
-        kind, words, refused = _describe(prefix, inside, files)
+        kind, words, refused = _describe(root, prefix, inside, files)
         kinds.append(kind)
         rejected += refused
         for key in sorted(words):
-            mark = stamp(files[key])
-            place = Place(key, 0, mark[0], mark)
             said = words[key]
-            entries.append(Entry(key, place, said._replace(split=said.split or split or None)))
+            if split and not said.split:
+                said = said._replace(split=split)
+            entries.append(Entry(key, Place(key, 0, files[key][0], files[key]), said))
     return Listing(max(kinds, key=kinds.count), entries, rejected)
 
 
-def _describe(prefix: str, pictures: set[str], files: dict[str, Path]) -> tuple[str, dict[str, Words], list[Rejected]]:
+def _describe(
+    root: Path, prefix: str, pictures: set[str], files: dict[str, Stamp]
+) -> tuple[str, dict[str, Words], list[Rejected]]:
     """Kind of one part of the folder, the words of each of its pictures, and what its metadata names in vain."""
     for name in METADATA:
         if prefix + name in files:
-            words, rejected = _read_metadata(prefix, name, pictures, files)
+            words, rejected = _read_metadata(root, prefix, name, pictures, files)
             return "metadata", words, rejected
-    beside = {key: _caption_beside(key, files) for key in pictures}
+    beside = {key: _caption_beside(root, key, files) for key in pictures}
     tops = {key[len(prefix) :].split("/")[0] for key in pictures}
     labelled = len(tops) > 1 and all("/" in key[len(prefix) :] for key in pictures)
     words = {key: Words(beside[key], label=key[len(prefix) :].split("/")[0] if labelled else None) for key in pictures}
@@ -181,23 +182,23 @@ def _describe(prefix: str, pictures: set[str], files: dict[str, Path]) -> tuple[
     return kind, words, []
 
 
-def _caption_beside(key: str, files: dict[str, Path]) -> str | None:
+def _caption_beside(root: Path, key: str, files: dict[str, Stamp]) -> str | None:
     stem = key.rsplit(".", 1)[0]
     for ending in CAPTION_ENDINGS:
         if stem + ending in files:
-            with open(files[stem + ending], "rb") as file:
+            with open(root / (stem + ending), "rb") as file:
                 return first_line(file.read(MAX_CAPTION_BYTES))
     return None
 
 
 def _read_metadata(
-    prefix: str, name: str, pictures: set[str], files: dict[str, Path]
+    root: Path, prefix: str, name: str, pictures: set[str], files: dict[str, Stamp]
 ) -> tuple[dict[str, Words], list[Rejected]]:
     where = prefix + name
     words: dict[str, Words] = {}
     rejected = []
     mentioned = set()
-    for line, record in _records(files[where], where):
+    for line, record in _records(root / where, where):
         file_name = record.pop("file_name", None)
         if not isinstance(file_name, str) or not file_name:
             raise InputError(f"{where} line {line} has no file_name; each line names its picture by file_name")

@@ -132,6 +132,8 @@ def _decode_pillow(data: bytes, name: str) -> Picture:
         flat = image.convert(colour) if colour != image.mode else image
         image, note = _to_srgb(flat, image.info.get("icc_profile"))
         notes += note
+    elif "icc_profile" in image.info:
+        notes.append("colour profile of 16-bit gray ignored")
     array = np.asarray(image)
     array = array[..., None] if array.ndim == 2 else array
     if alpha is not None:

@@ -5,18 +5,17 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentkit.data.folder import PICTURE_ENDINGS, Entry, Listing, Place, Rejected, Words, first_line, stamp, words_of
+from latentkit.data.folder import PICTURE_ENDINGS, Entry, Listing, Place, Rejected, Stamp, Words, first_line, words_of
 
 MAX_JSON_BYTES = 1 << 20
 BLOCK = 512
 
 
-def list_shard(path: Path, file: str) -> Listing:
+def list_shard(path: Path, file: str, mark: Stamp) -> Listing:
     """The pictures of one tar file, each with its offset; members that are not plain data are named and refused.
 
-    `file` is the shard's name in the data set. A key is the member's path up to the first dot of its name.
+    `file` is the shard's name in the data set, `mark` its stamp. A key is a member's path up to its name's first dot.
     """
-    marks = stamp(path)
     rejected: list[Rejected] = []
     pictures: dict[str, tuple[int, int]] = {}
     words: dict[str, dict[str, bytes]] = {}
@@ -26,7 +25,7 @@ def list_shard(path: Path, file: str) -> Listing:
                 name = f"{file}/{member.name}".encode("utf-8", "replace").decode()
                 if member.isdir():
                     continue
-                reason = _refusal(member, marks[0])
+                reason = _refusal(member, mark[0])
                 if reason:
                     rejected.append(Rejected(name, reason))
                     continue
@@ -52,7 +51,7 @@ def list_shard(path: Path, file: str) -> Listing:
         said, broken = _words(words.get(key, {}))
         if broken:
             rejected.append(Rejected(f"{file}/{key}.json", "is not a JSON object; its words are left out"))
-        entries.append(Entry(key, Place(file, offset, size, marks), said))
+        entries.append(Entry(key, Place(file, offset, size, mark), said))
     return Listing("shards", entries, rejected)
 
 

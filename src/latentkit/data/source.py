@@ -25,10 +25,10 @@ from latentkit.data.folder import (
     Listing,
     Place,
     Rejected,
+    Stamp,
     Words,
     list_folder,
-    refusal,
-    stamp,
+    look,
 )
 from latentkit.data.pictures import BadPicture, Picture, decode
 from latentkit.data.shards import list_shard
@@ -174,14 +174,13 @@ def _list_shards(root: Path, shards: list[Path], memo: "_Memo") -> Listing:
     entries: list[Entry] = []
     rejected: list[Rejected] = []
     for path in shards:
-        reason = refusal(path, root.resolve())
-        if reason:
-            rejected.append(Rejected(path.name, reason))
+        mark = look(path, root.resolve())
+        if isinstance(mark, str):
+            rejected.append(Rejected(path.name, mark))
             continue
-        mark = stamp(path)
         row = memo.get(f"{path.name}#members", mark)
         if row is None:
-            listing = list_shard(path, path.name)
+            listing = list_shard(path, path.name, mark)
             row = [listing.entries, listing.rejected]
             memo.put(f"{path.name}#members", mark, row)
         for key, (_, offset, size, _), (caption, keywords, label, split, extras) in row[0]:
@@ -294,7 +293,7 @@ class _Memo:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
-    def get(self, name: str, mark: tuple[int, int, int]) -> Any:
+    def get(self, name: str, mark: Stamp) -> Any:
         """What was found in `name` when its stamp was `mark`, else None."""
         row = self.old.get(name)
         if row is None or tuple(row[0]) != mark:
@@ -302,7 +301,7 @@ class _Memo:
         self.new[name] = row
         return row[1]
 
-    def put(self, name: str, mark: tuple[int, int, int], found: Any) -> None:
+    def put(self, name: str, mark: Stamp, found: Any) -> None:
         """Keep what was found."""
         self.new[name] = [mark, found]
         self.changed = True
