@@ -1,0 +1,255 @@
+"""The command line as a person types it: what it prints, writes, refuses, and how it exits."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import latentkit
+from latentkit import cli
+from latentkit.applications.metadata import chunks, read
+from latentkit.checkpoints import files
+from latentkit.checkpoints.files import save_model
+from latentkit.cli.output import show, slug, write_new
+from latentkit.data.pictures import to_png
+from latentkit.errors import InputError
+
+Run = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_model(path, tiny_model(), {"defaults": {"steps": 3}})
+    return path
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> Run:
+    """Runs the command in an empty folder that holds the model `tiny.safetensors`; gives the exit code."""
+    monkeypatch.chdir(tmp_path)
+    os.link(model, "tiny.safetensors")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
+        try:
+            cli.main()
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return 0
+
+    return call
+
+
+M = ("-m", "tiny.safetensors")
+
+
+def test_generate_prints_paths_and_never_writes_over(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for expected in (
+        ["out/red-heart-7.png", "out/red-heart-8.png"],
+        ["out/red-heart-7-2.png", "out/red-heart-8-2.png"],
+    ):
+        assert run("generate", "Red heart", *M, "-n", "2", "--seed", "7") == 0
+        shown = capsys.readouterr()
+        assert shown.out.split() == expected
+        assert shown.err == ""
+    first, second = (Path(name).read_bytes() for name in ("out/red-heart-7.png", "out/red-heart-7-2.png"))
+    assert first == second
+
+
+def test_every_option_reaches_the_request(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("init.png").write_bytes(to_png(torch.zeros(3, 16, 16)))
+    words = (
+        "--steps 4 --seed 5 --guidance 3.5 --sampler euler --spacing karras --size 40x24 --negative dog --init init.png"
+    )
+    options = shlex.split(f"{words} --strength 0.5 -o here --json --grid --exact")
+    assert run("generate", "cat", *M, *options) == 0
+    line, grid = (json.loads(text) for text in capsys.readouterr().out.splitlines())
+    request = read(Path(line["path"]).read_bytes(), "x").request
+    got = request.model_dump(exclude={"init", "guidance_low", "guidance_high", "label"})
+    assert got == {
+        "task": "image-to-image",
+        "prompt": "cat",
+        "negative": "dog",
+        "seed": 5,
+        "width": 40,
+        "height": 24,
+        "sampler": "euler",
+        "spacing": "karras",
+        "steps": 4,
+        "guidance_scale": 3.5,
+        "strength": 0.5,
+    }
+    assert (line["steps"], line["path"], grid["path"]) == (4, "here/cat-5.png", "here/grid.png")
+    assert Path("here/grid.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_replay_makes_the_same_bytes_in_another_process(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", "red heart", "green apple", *M, "-n", "2", "--seed", "7") == 0
+    picture = capsys.readouterr().out.split()[2]
+    command = [sys.executable, "-m", "latentkit", "replay", picture, *M, "-o", "again"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["again/green-apple-7-replay.png"]
+    assert Path(done.stdout.strip()).read_bytes() == Path(picture).read_bytes()
+
+
+def test_replay_says_what_differs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model("other.safetensors", tiny_model(label=True), {})
+    run("generate", "cat", *M, "--seed", "1")
+    assert run("replay", "out/cat-1.png", "-m", "other.safetensors") == 1
+    told = capsys.readouterr().err
+    assert "model other" in told
+    assert "instead of tiny" in told
+    assert "the bytes differ from out/cat-1.png" in told
+    assert Path("out/cat-1-replay.png").exists()
+    assert run("replay", "out/cat-1.png") == 2
+    assert "not shipped; give it with -m" in capsys.readouterr().err
+
+
+def test_replay_believes_little(run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run("generate", "cat", *M, "--seed", "1")
+    path, threads = Path("out/cat-1.png"), torch.get_num_threads()
+    machine = read(path.read_bytes(), "x").machine.model_copy(update={"threads": 4096})
+    record = read(path.read_bytes(), "x").model_copy(update={"machine": machine})
+    path.write_bytes(to_png(torch.zeros(3, 8, 8), chunks(record)))
+    assert run("replay", str(path), *M) == 1
+    assert "threads 1 instead of 4096" in capsys.readouterr().err
+    assert torch.get_num_threads() == threads
+    monkeypatch.setattr("latentkit.cli.replay.LARGEST", 10)
+    assert run("replay", str(path), *M) == 1
+    assert "is larger than" in capsys.readouterr().err
+
+
+def test_replay_of_image_to_image_asks_for_the_very_picture(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.png").write_bytes(to_png(torch.zeros(3, 16, 16)))
+    Path("b.png").write_bytes(to_png(torch.ones(3, 16, 16)))
+    assert run("generate", "cat", *M, "--seed", "1", "--init", "a.png") == 0
+    assert run("replay", "out/cat-1.png", *M) == 2
+    assert "needs the init picture" in capsys.readouterr().err
+    assert run("replay", "out/cat-1.png", *M, "--init", "b.png") == 2
+    assert "b.png has pixels of sha256" in capsys.readouterr().err
+    assert run("replay", "out/cat-1.png", *M, "--init", "a.png") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["generat", "x"], 2, "Did you mean 'generate'?"),
+        (["generate", "x", "--sed", "1"], 2, "--seed"),
+        (["generate", "x", "-m", "tiny.safetensor"], 2, "did you mean 'tiny.safetensors'"),
+        (["generate", "x", *M, "--sampler", "dpmpp"], 2, "sampler 'dpmpp' is unknown"),
+        (["generate", "x", *M, "--size", "big"], 2, "not WIDTHxHEIGHT"),
+        (["generate", "x", *M, "--size", "30"], 2, "multiples of"),
+        (["generate", "x", *M, "--strength", "2"], 2, "less than or equal to 1"),
+        (["generate", "x", *M, "--init", "none.png"], 2, "none.png: cannot be read"),
+        (["generate", "x", *M, "-o", "tiny.safetensors"], 2, "pictures cannot go to tiny.safetensors"),
+        (["generate", "x", "-m", "broken.safetensors"], 1, "truncated"),
+        (["replay", "none.png", *M], 2, "none.png: cannot be read"),
+        (["replay", "tiny.safetensors", *M], 1, "is not a PNG"),
+    ],
+)
+def test_wrong_input(words: list[str], code: int, message: str, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.safetensors").write_bytes(b"\x10")
+    assert run(*words) == code
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert "Traceback" not in shown.err
+    assert shown.out == ""
+    assert not Path("out").exists() or not list(Path("out").iterdir())
+
+
+def test_verbose_shows_where_an_error_came_from(run: Run) -> None:
+    with pytest.raises(InputError):
+        run("-v", "generate", "x", "-m", "none.safetensors")
+
+
+def test_signals_end_with_their_codes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "load", interrupted)
+    assert run("generate", "x", *M) == 130
+    monkeypatch.setattr(files, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert run("generate", "x", *M) == 143
+
+
+def test_version_and_help(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"latentkit {latentkit.__version__}\n"
+    assert run("--help") == 0
+    commands = capsys.readouterr().out.partition("Commands:")[2]
+    assert all(name in commands for name in ("generate", "replay", "data"))
+
+
+def test_nothing_heavy_is_imported_before_it_is_used(model: Path) -> None:
+    program = f"""
+import sys
+import latentkit
+assert not {{"numpy", "pydantic", "typer"}} & sys.modules.keys()
+assert "generate" in dir(latentkit)
+from latentkit.cli import application
+import typer.main
+typer.main.get_command(application())
+heavy = {{"torch", "numpy", "PIL", "pydantic", "yaml", "tokenizers"}} & sys.modules.keys()
+assert not heavy, heavy
+latentkit.load({str(model)!r})
+assert "torch._dynamo" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_lead_somewhere() -> None:
+    assert all(hasattr(latentkit, name) for name in latentkit.__all__)
+    assert sorted(name for names in latentkit._HOMES.values() for name in names) == sorted(latentkit.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        latentkit.lode  # noqa: B018
+
+
+def test_names_of_files(tmp_path: Path) -> None:
+    assert slug("../../A slice of: pizza!") == "a-slice-of-pizza"
+    assert slug("猫 😀") == "猫"
+    assert len(slug("x y " * 100)) <= 48
+    assert [write_new(tmp_path, "a", "png", b"x").name for _ in range(3)] == ["a.png", "a-2.png", "a-3.png"]
+    with pytest.raises(InputError, match="could not be written"):
+        write_new(tmp_path / "none", "a", "png", b"x")
+
+
+def test_a_failed_write_leaves_no_half_picture(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        write_new(tmp_path, "a", "png", "text")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_progress_is_shown_where_it_is_worth_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from latentkit.applications.generate import Progress
+
+    def shown(seconds: float, terminal: bool) -> str:
+        clock = iter([0.0, seconds / 2, seconds])
+        monkeypatch.setattr("latentkit.cli.output.time.monotonic", lambda: next(clock))
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+        assert not list(show(Progress((0,), i, 2, i / 2, torch.zeros(1)) for i in (1, 2)))
+        return capsys.readouterr().err
+
+    cli.LOG.setLevel("INFO")
+    assert shown(1.0, terminal=True) == ""
+    assert "step 1/2  5 s left" in shown(10.0, terminal=True)
+    assert shown(10.0, terminal=False) == ""
+    assert "\x1b" not in shown(100.0, terminal=False) != ""
+    cli.LOG.setLevel("ERROR")
+    assert shown(100.0, terminal=True) == ""
