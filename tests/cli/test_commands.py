@@ -191,7 +191,7 @@ def test_version_and_help(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"latentkit {latentkit.__version__}\n"
     assert run("--help") == 0
     commands = capsys.readouterr().out.partition("Commands:")[2]
-    assert all(name in commands for name in ("generate", "replay", "data"))
+    assert all(name in commands for name in ("generate", "replay", "fit", "train", "data"))
 
 
 def test_nothing_heavy_is_imported_before_it_is_used(model: Path) -> None:

@@ -1,6 +1,5 @@
 """The command `latentkit`: parse, call, show. Commands import what is heavy inside themselves."""
 
-import contextlib
 import logging
 import signal
 import sys
@@ -37,16 +36,12 @@ def application() -> typer.Typer:
     from latentkit.cli.data import app as data
     from latentkit.cli.generate import generate
     from latentkit.cli.replay import replay
+    from latentkit.cli.train import fit, train
 
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(options)
-    for command in (generate, replay):
+    for command in (generate, replay, fit, train):
         app.command()(command)
-    with contextlib.suppress(ModuleNotFoundError):
-        from latentkit.cli.train import fit, train
-
-        app.command()(fit)
-        app.command()(train)
     app.add_typer(data, name="data")
     return app
 
