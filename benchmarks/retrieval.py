@@ -24,8 +24,9 @@ from latentkit.applications.pictures import write_sheet
 from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.source import Source, open_source, track
 from latentkit.diffusion.noise import keyed_bits
+from latentkit.evaluation.features import NETWORK, features
 from latentkit.evaluation.kid import kid
-from latentkit.evaluation.neighbours import neighbours
+from latentkit.evaluation.neighbours import memorisation
 
 SETTINGS = {"sampler": "dpm++2m", "spacing": "uniform", "steps": 12, "guidance_scale": 2.0}
 SIDE = 32
@@ -115,9 +116,17 @@ def main() -> None:
             "count": len(held),
             **obeyed(held_pictures, both, identical(both), wanted),
         }
-        figures["kid to training glyphs"] = kid(pictures, reference)._asdict()
-        figures["kid of held-out glyphs (the floor)"] = kid(held_reference, reference)._asdict()
-        figures["nearest training glyph"] = neighbours(held_pictures, reference, held_reference)._asdict()
+        seen, seen_held, truth, held_truth = (
+            features(group) for group in (pictures, held_pictures, reference, held_reference)
+        )
+        figures["features"] = NETWORK
+        figures["kid, drawn captions to training glyphs"] = kid(seen, truth)._asdict()
+        figures["kid, held-out glyphs to training glyphs"] = kid(held_truth, truth)._asdict()
+        near = memorisation(seen_held, held_truth, truth)
+        figures["held-out captions, nearest training glyph"] = {
+            "ratio to real held-out glyphs": near.ratio, "drawn": near.drawn, "held-out glyphs": near.held,
+            "nearer than any": near.copies, "of": len(held_pictures),
+        }  # fmt: skip
         if options.sheet:
             write_sheet(options.sheet / "captions.png", list(pictures[:: len(pictures) // 128][:128]), 16)
             write_sheet(options.sheet / "held-out.png", list(held_pictures), 16)
