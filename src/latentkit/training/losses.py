@@ -24,9 +24,11 @@ def pyramid_l1(a: Tensor, b: Tensor, levels: int = 3) -> Tensor:
 def structure(a: Tensor, b: Tensor, scales: int = 3, window: int = 8) -> Tensor:
     """1 - structural similarity of two `b c h w` in [-1, 1], averaged over `scales` halvings (Wang et al. 2003).
 
-    Means and variances come from `window` x `window` boxes at stride `window` / 2, which costs little on a CPU.
+    Taken on intensities in [0, 1], where the luminance term is defined. Means and variances come from
+    `window` x `window` boxes at stride `window` / 2, which costs little on a CPU.
     """
-    c1, c2 = 0.02**2, 0.06**2
+    c1, c2 = 0.01**2, 0.03**2
+    a, b = (a + 1) / 2, (b + 1) / 2
     total, used = a.new_zeros(()), 0
     for _ in range(scales):
         size = min(window, a.shape[2], a.shape[3])
