@@ -201,6 +201,30 @@ def test_a_kill_at_any_file_call_loses_nothing(folder, tmp_path, monkeypatch):
     assert min(again) < calls / 2  # a late kill does not start over
 
 
+def test_data_reaches_the_disk_before_what_speaks_of_it(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SAVE_EVERY", 0.0)
+    pictures = pictures_of(folder)
+    calls = []
+
+    def traced(name, of):
+        real = getattr(os, name)
+
+        def call(*arguments):
+            first = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            calls.append((name, os.path.splitext(path)[1] or of))
+            return real(*arguments)
+
+        monkeypatch.setattr(os, name, call)
+
+    for name in ("pwrite", "fsync", "replace", "rename"):
+        traced(name, "folder")
+    open_latents(tmp_path / "cache", pictures, encode, "e", batch=8)
+    save = [("pwrite", ".bin"), ("fsync", ".bin"), ("fsync", ".tmp"), ("replace", ".tmp")]
+    last = [*save[1:], ("fsync", ".json"), ("rename", ".building"), ("fsync", "folder")]
+    assert calls == [*save, *save, *last]
+
+
 def test_what_was_not_synced_is_encoded_again(folder, tmp_path, monkeypatch):
     """The map must not run ahead of the data: a torn file whose map says nothing is built from nothing."""
     monkeypatch.setattr(latents, "SAVE_EVERY", 1e9)

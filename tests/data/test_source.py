@@ -192,6 +192,7 @@ def test_every_unusable_file_is_named(tmp_path, save):
     os.symlink("loop.png", root / "loop.png")
     os.symlink("good0.png", root / "inside.png")
     os.mkfifo(root / "pipe.png")
+    writer = os.open(root / "pipe.png", os.O_RDWR)  # or who opened the pipe would wait for ever
     (root / os.fsdecode(b"bad\xff.png")).write_bytes(data)
     before = sorted(os.listdir(root))
     source = open_source(root)
@@ -210,6 +211,7 @@ def test_every_unusable_file_is_named(tmp_path, save):
         "text.png": "is not a PNG, JPEG, WebP or TIFF picture",
     }
     assert sorted(os.listdir(root)) == before
+    os.close(writer)
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, save, monkeypatch):
