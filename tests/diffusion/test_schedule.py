@@ -50,6 +50,7 @@ def test_infinity_is_the_cap_and_the_last_timestep() -> None:
     assert float(flow.to_timestep(SIGMA_CAP)) == 1000
     zero_terminal = NoiseSchedule("linear", beta_start=0.1, beta_end=1.0)
     assert zero_terminal.sigma_max == SIGMA_CAP == float(zero_terminal.to_sigma(999))
+    assert float(zero_terminal.to_sigma(np.nextafter(999, 0))) == SIGMA_CAP  # a cap that rounding has moved
 
 
 def test_stable_diffusions_table() -> None:
