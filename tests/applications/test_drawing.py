@@ -93,6 +93,7 @@ def test_closing_stops_between_two_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     first = next(events)
     assert isinstance(first, Progress)
     assert (first.step, first.steps, first.pictures, first.x0.shape) == (1, 3, (0,), (1, 4, 8, 8))
+    assert first.x0.is_inference()
     assert not torch.is_inference_mode_enabled()
     events.close()  # type: ignore[attr-defined]
     assert len(calls) == 1

@@ -130,7 +130,7 @@ def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) ->
     network, requests, pixels = model.network, list(jobs.values()), None
     for event in _sample(network, requests):
         if isinstance(event, Tensor):
-            pixels = event.clone()  # out of inference mode: the caller may do anything with it
+            pixels = event
         else:
             step, steps, x0 = event
             yield Progress(tuple(jobs), step, steps, before + part * step / steps, x0)
@@ -140,7 +140,7 @@ def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) ->
         record = Record(
             request=request, model=model.name, digest=model.digest, row=row, batch=len(requests), machine=made_with
         )
-        yield Result(number, pixels[row].clone(), record)
+        yield Result(number, pixels[row].clone(), record)  # cloned out of inference mode: it is the caller's
 
 
 @torch.inference_mode()
