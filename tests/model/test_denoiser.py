@@ -82,7 +82,7 @@ def test_preconditioning_of_a_flow_is_that_of_the_straight_path() -> None:
     torch.testing.assert_close(x0, x_t - t * network(x_t, timestep), atol=1e-5, rtol=1e-5)
 
 
-@PREDICTION
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 @torch.no_grad()
 def test_at_the_cap_the_network_gets_the_last_timestep_and_unit_noise(prediction: str) -> None:
     denoiser, network = watched(prediction, "flow")
@@ -137,3 +137,9 @@ def test_bound_it_is_a_denoise_for_samplers() -> None:
 def test_an_unknown_prediction_is_refused() -> None:
     with pytest.raises(InputError, match="prediction 'epsilon' is unknown; did you mean 'eps'"):
         Denoiser(CONFIG, NoiseSchedule(), "epsilon")
+
+
+@pytest.mark.parametrize("schedule", [NoiseSchedule("flow"), NoiseSchedule("linear", beta_end=1.0)])
+def test_eps_on_a_schedule_that_ends_in_pure_noise_is_refused(schedule: NoiseSchedule) -> None:
+    with pytest.raises(InputError, match="prediction 'eps' says nothing of the picture in the pure noise"):
+        Denoiser(CONFIG, schedule, "eps")

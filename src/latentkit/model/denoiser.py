@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from latentkit.diffusion.prediction import PREDICTIONS
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
-from latentkit.diffusion.schedule import NoiseSchedule
+from latentkit.diffusion.schedule import SIGMA_CAP, NoiseSchedule
 from latentkit.errors import InputError, nearest
 from latentkit.model.conditioning import Conditioning
 from latentkit.nets.unet import UNet, UNetConfig
@@ -23,6 +23,11 @@ class Denoiser(nn.Module):
         super().__init__()
         if prediction not in PREDICTIONS:
             raise InputError(f"prediction {prediction!r} is unknown; {nearest(prediction, PREDICTIONS)}")
+        if prediction == "eps" and schedule.sigma_max >= SIGMA_CAP:
+            raise InputError(
+                "prediction 'eps' says nothing of the picture in the pure noise at which this noise schedule ends; "
+                "take prediction 'v', 'x0' or 'flow', or a schedule that ends at a finite sigma"
+            )
         self.unet = UNet(config)
         self.schedule = schedule
         self.prediction = PREDICTIONS[prediction]
