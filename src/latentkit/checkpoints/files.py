@@ -73,9 +73,9 @@ class _Shapes(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        if name in ("normal_", "uniform_", "trunc_normal_") or (name == "mul" and isinstance(args[1], float)):
+        if name in ("normal_", "uniform_"):
             return args[0] if args else kwargs["tensor"]
-        return (torch.empty if name in ("randn", "rand") else func)(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
 
 
 def shipped() -> list[str]:

@@ -54,7 +54,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.token_embedding = nn.Embedding(config.vocabulary, config.width)
-        self.position_embedding = nn.Parameter(torch.randn(config.length, config.width) * 0.02)
+        self.position_embedding = nn.Parameter(torch.empty(config.length, config.width).normal_(std=0.02))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(config.width)
