@@ -73,3 +73,14 @@ def test_long_curves_are_averaged():
     (points,) = places(chart("c", {"a": [(i, float(i % 2)) for i in range(10 * MOST_POINTS)]}))
     assert len(points) <= MOST_POINTS
     assert max(y for _, y in points) - min(y for _, y in points) < 0.2
+
+
+def labels(svg):
+    return re.findall(r'text-anchor="end">([^<]*)<', svg)
+
+
+def test_axes_are_marked_with_round_numbers():
+    assert labels(chart("c", {"a": [(0, 0.0), (1, 10.0)]})) == ["0", "5", "10"]
+    assert labels(chart("c", {"a": [(0, 0.001), (1, 100.0)]}, log=True)) == ["0.001", "0.01", "0.1", "1", "10", "100"]
+    assert labels(chart("c", {"a": [(0, 0.3), (1, 2.5)]}, log=True)) == ["0.5", "1", "2"]
+    assert len(labels(chart("c", {"a": [(0, 1.01), (1, 1.02)]}, log=True))) >= 2

@@ -116,9 +116,9 @@ def chart(title: str, series: Mapping[str, Points], *, log: bool = False) -> str
     for value in _ticks(x_low, x_high):
         place = f'x="{across(value):.1f}" y="{HEIGHT - BOTTOM + 16}"'
         marks.append(f'<text {place} text-anchor="middle">{value:,.6g}</text>')
-    for value in _ticks(y_low, y_high, 5):
-        y = down(value)
-        label = f"{10**value:.3g}" if log else f"{value:.4g}"
+    for value in _log_ticks(y_low, y_high) if log else _ticks(y_low, y_high, 5):
+        y = down(math.log10(value) if log else value)
+        label = f"{value:.4g}"
         marks.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         marks.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
     lines, legend = [], []
@@ -157,3 +157,14 @@ def _ticks(low: float, high: float, count: int = 6) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough)
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between 10**low and 10**high: powers of ten, with 2 and 5 between them where those are few."""
+    for digits in ((1,), (1, 2, 5), (1, 2, 3, 4, 5, 6, 8)):
+        powers = range(math.floor(low), math.ceil(high) + 1)
+        found = [digit * 10.0**power for power in powers for digit in digits]
+        found = [value for value in found if low <= math.log10(value) <= high]
+        if len(found) >= 3:
+            return found
+    return _ticks(10**low, 10**high, 4)

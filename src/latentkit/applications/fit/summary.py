@@ -1,0 +1,233 @@
+"""The report of a fit: what was found, how both stages learned, what the model draws and whether it copies."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from latentkit.applications.fit.division import MOST_HELD, MOST_REFERENCE, duration
+from latentkit.applications.fit.saved import FitPlan, describe
+from latentkit.applications.generate import draw
+from latentkit.applications.pictures import open_data, shown
+from latentkit.checkpoints.files import load
+from latentkit.data import report as counts
+from latentkit.data.dataset import Pictures
+from latentkit.data.pictures import to_png
+from latentkit.data.source import Item, Source, track
+from latentkit.evaluation import report
+from latentkit.evaluation.features import NETWORK, features
+from latentkit.evaluation.kid import Kid, kid
+from latentkit.evaluation.neighbours import Memorisation, memorisation
+from latentkit.evaluation.report import Figure
+
+SHOWN = 24
+PAIRS = 8
+LEAST_HELD = 8  # fewer held-out pictures are no scale
+
+
+def write_report(plan: FitPlan, run: Path, model: Path, source: Source) -> str:
+    """The page's HTML; draws the plan's number of pictures with seeds 0, 1, 2 ... to do so."""
+    train, held = open_data(plan.diffusion.data, plan.asked.seed, plan.autoencoder.network.downsampling)
+    words = _words(plan, train, held, plan.expected.samples)
+    network = load(model).network
+    defaults = plan.diffusion.sampling.model_dump(mode="json", exclude={"prompts"})
+    drawn = list(track(draw(network, defaults, words, range(len(words))), len(words), "drawing"))
+    chosen = _evenly(len(train), MOST_REFERENCE)
+    references = features(train.view(i, 0)[1] for i in chosen)
+    apart = held.source is not train.source and len(held) >= LEAST_HELD
+    unseen = features(held.view(i, 0)[1] for i in _evenly(len(held), MOST_HELD)) if apart else None
+    found = features(drawn)
+    copies = memorisation(found, unseen, references)
+    figures = _figures(run, plan, found, unseen, references, copies)
+    captions = [word or f"seed {seed}" for seed, word in enumerate(words)]
+    sections = [
+        ("What it draws", report.pictures([_figure(x, c) for x, c in list(zip(drawn, captions))[:SHOWN]])),
+        ("In figures", report.table(figures)),
+        ("First stage", _first_stage(run / "autoencoder", network.first_stage.latent_std)),
+        ("Second stage", _second_stage(run / "diffusion")),
+        ("Nearest training pictures", _neighbours(drawn, captions, train, chosen, copies)),
+        ("Data", _data(source)),
+        ("Plan, machine and time", _plan(plan, run)),
+    ]
+    lead = f"Trained on {plan.pictures.training} pictures of {plan.asked.folder} by latentkit fit."
+    return report.page(plan.asked.name, lead, sections)
+
+
+def _words(plan: FitPlan, train: Pictures, held: Pictures, count: int) -> list[str | None]:
+    """What is asked for: captions or classes, first of held-out pictures, then of training pictures evenly taken."""
+
+    def said(item: Item) -> str | None:
+        return item.caption if plan.diffusion.text is not None else item.label
+
+    if plan.diffusion.text is None and plan.diffusion.label is None:
+        return [None] * count
+    first = [said(held.source.items[i]) for i in _evenly(len(held), SHOWN)]
+    rest = [said(train.source.items[i % len(train)]) for i in _evenly(max(count, len(train)), count)]
+    return [*(word for word in first if word), *rest][:count]
+
+
+def _evenly(length: int, most: int) -> list[int]:
+    return [i * length // most for i in range(most)] if length > most else list(range(length))
+
+
+def _figure(picture: Tensor, caption: str) -> Figure:
+    return Figure(to_png(shown(picture)), caption)
+
+
+def _figures(
+    run: Path, plan: FitPlan, drawn: Tensor, unseen: Tensor | None, references: Tensor, copies: Memorisation
+) -> list[tuple[str, str, str]]:
+    """Rows of name, value, and what it means."""
+    rows = []
+    names = {
+        "psnr": ("PSNR of the first stage", "dB, held-out pictures given back; higher is better"),
+        "psnr_box": ("PSNR inside the drawing", "dB, the box that is not plain white"),
+        "structure": ("structural similarity", "1 is equal"),
+    }
+    last = _last(run / "autoencoder", "validation/psnr")
+    for key, (name, meaning) in names.items():
+        if f"validation/{key}" in last:
+            rows.append((name, f"{last[f'validation/{key}']:.2f}", meaning))
+    last = _last(run / "diffusion", "validation/loss")
+    if last:
+        rows.append(("validation loss", f"{last['validation/loss']:.4f}", "held-out pictures, six fixed noise levels"))
+    rows.append(("KID, drawn", *_distance(drawn, references)))
+    if unseen is not None:
+        rows.append(("KID, held-out pictures", *_distance(unseen, references, "what real pictures reach")))
+    scale = "held-out pictures" if unseen is not None else "training pictures among themselves"
+    meaning = f"median distance to the nearest training picture, over that of {scale}; {NETWORK}"
+    rows.append(("memorisation ratio", f"{copies.ratio:.2f}", f"{meaning}; near 1: new pictures, near 0: copies"))
+    rows.append(("nearer than any real one", f"{copies.copies} of {len(drawn)}", f"drawn pictures; scale: {scale}"))
+    return rows
+
+
+def _distance(first: Tensor, second: Tensor, note: str = "lower is better") -> tuple[str, str]:
+    if min(len(first), len(second)) < 4:
+        return "-", "needs at least four pictures on each side"
+    value: Kid = kid(first, second)
+    counted = f"{value.first} against {value.second} training pictures, {value.subsets} subsets of {value.size}"
+    return f"{value.mean:.4f} +- {value.std:.4f}", f"{counted}; {NETWORK}; {note}"
+
+
+def _first_stage(folder: Path, deviation: Tensor) -> str:
+    loss = report.chart("training loss", {"loss": _curve(folder, "loss")}, log=True)
+    quality = {"training": _curve(folder, "psnr"), "held out": _curve(folder, "validation/psnr")}
+    parts = [report.beside(loss, report.chart("PSNR, dB", quality))]
+    sheets = sorted((folder / "samples").glob("step-*.png"))
+    if sheets:
+        sheet = Figure(sheets[-1].read_bytes(), "held-out pictures above, given back by the first stage below")
+        parts.insert(0, report.picture(sheet))
+    low, high = float(deviation.min()), float(deviation.max())
+    note = (
+        f"The deviations of its {len(deviation)} latent channels, {low:.3g} to {high:.3g} over all training pictures, "
+        "are brought to 1 for the second stage. Noise decoded by the first stage alone is no picture, in any such "
+        "model: the second stage is what draws."
+    )
+    return "".join(parts) + report.paragraph(note)
+
+
+def _second_stage(folder: Path) -> str:
+    validation = {
+        f"sigma {name.removeprefix('validation/sigma_')}": points
+        for name, points in _curves(folder).items()
+        if name.startswith("validation/sigma_")
+    }
+    whole = {"training": _curve(folder, "loss"), "held out": _curve(folder, "validation/loss")}
+    note = (
+        "Held-out pictures with fixed noise, by noise level. Where it rises while the training loss falls, the model "
+        "begins to learn its pictures by heart: fewer steps or more pictures help."
+    )
+    curves = report.beside(report.chart("loss", whole), report.chart("validation by noise level", validation, log=True))
+    return curves + report.paragraph(note)
+
+
+def _neighbours(
+    drawn: Sequence[Tensor], captions: Sequence[str], train: Pictures, chosen: Sequence[int], copies: Memorisation
+) -> str:
+    """The drawn pictures that are nearest to a training picture, each beside it."""
+    distance = copies.nearest.distance
+    figures = []
+    for row in distance.argsort()[:PAIRS].tolist():
+        index = chosen[int(copies.nearest.place[row])]
+        share = f"{float(distance[row]) / copies.held:.2f} of the usual distance" if copies.held > 0 else "no scale"
+        figures.append(_figure(drawn[row], f"drawn: {captions[row]}"))
+        figures.append(_figure(train.view(index, 0)[1], f"training: {train.source.items[index].key} ({share})"))
+    note = f"The {min(PAIRS, len(drawn))} of {len(drawn)} drawn pictures that lie nearest to a training picture."
+    return report.paragraph(note) + report.pictures(figures)
+
+
+def _data(source: Source) -> str:
+    found = counts.inspect(source)
+    rejected = [(row["key"], row["reason"]) for row in found["rejected"]]
+    parts = [report.folded("all counts", counts.describe(found))]
+    parts.insert(0, report.paragraph(f"{found['pictures']} pictures used, {len(rejected)} files not used."))
+    if rejected:
+        parts.append(report.table(rejected, ("not used", "why")))
+    return "".join(parts)
+
+
+def _plan(plan: FitPlan, run: Path) -> str:
+    spent = {"first stage": _spent(run / "autoencoder"), "second stage": _spent(run / "diffusion")}
+    expected = {"first stage": plan.expected.first, "second stage": plan.expected.second}
+    times = [
+        (name, duration(expected[name]), duration(seconds) if seconds else "-", f"{rate:.1f}")
+        for name, (seconds, rate) in spent.items()
+    ]
+    machine = [(key, value) for key, value in plan.machine.items()]
+    header = ("", "planned", "spent in steps", "pictures a second")
+    recipes = {"plan.yaml": plan.model_dump(mode="json")}
+    return "".join(
+        (
+            report.folded("the plan as it was printed", describe(plan)),
+            report.table(times, header),
+            report.table(machine),
+            *(report.folded(name, yaml.safe_dump(v, sort_keys=False, width=110)) for name, v in recipes.items()),
+        )
+    )
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON lines of a journal; a torn last one is left out."""
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Every value of metrics.jsonl by its name, as (step, value)."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for line in _lines(folder / "metrics.jsonl"):
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                curves.setdefault(name, []).append((line["step"], value))
+    return curves
+
+
+def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
+    return _curves(folder).get(name, [])
+
+
+def _last(folder: Path, name: str) -> dict[str, Any]:
+    """The last line of metrics that holds `name`."""
+    return ([{}] + [line for line in _lines(folder / "metrics.jsonl") if line.get(name) is not None])[-1]
+
+
+def _spent(folder: Path) -> tuple[float, float]:
+    """Seconds spent in steps, those repeated after a kill counted once, and pictures a second."""
+    rates = {
+        line["step"]: line["pictures_per_second"]
+        for line in _lines(folder / "timings.jsonl")
+        if line.get("pictures_per_second")
+    }
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    seconds, before = 0.0, 0
+    for step, rate in sorted(rates.items()):
+        seconds += (step - before) * recipe["schedule"]["batch"] / rate
+        before = step
+    return seconds, before * recipe["schedule"]["batch"] / seconds if seconds else math.nan

@@ -1,0 +1,104 @@
+"""Measuring: real steps, nothing left behind, and the largest portion that fits into memory."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from small_fit import folder_of, tiny
+
+from latentkit.applications.fit import measure
+from latentkit.applications.fit.choice import choose
+from latentkit.applications.fit.measure import measure_autoencoder, measure_diffusion, portion, rehearse
+from latentkit.applications.pictures import open_data
+from latentkit.data.source import open_source
+from latentkit.errors import InputError
+
+__all__ = ["tiny"]
+
+
+def planned(tiny: Path, kind: str = "captions"):
+    folder = folder_of(tiny / "pics", 12, kind=kind)
+    found = choose(
+        open_source(folder), str(folder), Path("runs/x"), "x", size=None, condition="auto", seed=0, device="cpu"
+    )
+    return found, open_data(found.diffusion.data, 0, 4)[0]
+
+
+class Falling:
+    """One weight that is pulled to 3."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.module = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.module.weight)
+        self.scale = scale
+
+    def turns(self):
+        return {"all": list(self.module.named_parameters())}
+
+    def loss(self, turn, batch, shared):
+        return ((self.module.weight - 3).square().sum() * self.scale), {}
+
+
+def test_a_rehearsal_trains_until_told_and_leaves_nothing(tiny, monkeypatch):
+    found, _ = planned(tiny)
+    trash = tiny / "trash"
+    trash.mkdir()
+    monkeypatch.setattr(measure.tempfile, "tempdir", str(trash))
+    objective, losses = Falling(), []
+
+    def watch(step, loss):
+        losses.append(loss)
+        assert any(trash.iterdir())
+        return step == 7
+
+    rehearse(found.autoencoder, objective, lambda: itertools.repeat([{"draw": torch.arange(4)}]), watch)
+    assert losses[0] == pytest.approx(9.0)
+    assert len(losses) == 7
+    assert losses == sorted(losses, reverse=True)
+    assert objective.module.weight.item() > 0
+    assert not any(trash.iterdir())
+
+
+def test_a_rehearsal_tells_of_steps_that_are_skipped(tiny):
+    found, _ = planned(tiny)
+    losses = []
+    rehearse(
+        found.autoencoder,
+        Falling(math.inf),
+        lambda: itertools.repeat([{"draw": torch.arange(4)}]),
+        lambda step, loss: losses.append(loss) or step == 3,
+    )
+    assert len(losses) == 3
+    assert all(math.isnan(loss) for loss in losses)
+
+
+@pytest.mark.parametrize("kind", ["captions", "classes", "plain"])
+def test_both_stages_are_measured(tiny, kind):
+    found, train = planned(tiny, kind)
+    first = measure_autoencoder(found.autoencoder, train)
+    second = measure_diffusion(found.diffusion, found.autoencoder, train.source)
+    for measured in (first, second):
+        assert 0 < measured.seconds < 10
+        assert 10**7 < measured.memory < 10**11
+        assert measured.micro_batch is None
+    assert first.decode > 0
+
+
+def test_little_memory_makes_small_portions(tiny, monkeypatch):
+    found, train = planned(tiny)
+    monkeypatch.setattr(measure, "portion", lambda batch, weights, allowed: 2)
+    assert measure_autoencoder(found.autoencoder, train).micro_batch == 2
+
+
+def test_the_largest_portion_that_fits():
+    weights = {2: 1200, 8: 1800}  # 1000 and 100 a picture
+    assert portion(32, weights, 10_000) == 32
+    assert portion(32, weights, 4200) == 32
+    assert portion(32, weights, 4199) == 16
+    assert portion(32, weights, 1100) == 1
+    assert portion(12, weights, 1950) == 6  # a divisor of the batch
+    assert portion(32, {4: 1000, 8: 900}, 1000) == 32  # noise in the measurement is no negative cost
+    with pytest.raises(InputError, match="--size"):
+        portion(32, weights, 1099)
