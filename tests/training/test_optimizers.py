@@ -115,8 +115,9 @@ def test_adamw_is_torch_adamw_and_decays_matrices_only():
     for _ in range(3):
         stepper.step(0.01)
         peer.step()
-    for a, b in zip(ours.parameters(), theirs.parameters()):
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stepper.table()[f"{name}/exp_avg"], peer.state[b]["exp_avg"], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

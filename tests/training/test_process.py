@@ -97,8 +97,8 @@ def tensors(folder, step=12):
 
 
 def test_two_processes_are_one_run_up_to_rounding(warm, tmp_path):
-    """The same micro-batches on one or two processes; the gradient's norm and loss of the global batch in metrics."""
-    changes = {"dropout": 0.0, "turns": 2, "optimiser": "adamw", "steps": 4}
+    """Also where they begin with unequal weights: the first one's count. Metrics are those of the global batch."""
+    changes = {"dropout": 0.0, "turns": 2, "optimiser": "adamw", "steps": 4, "unequal": True}
     train(tmp_path / "one", **changes)
     pids = pair(warm, tmp_path / "two", **changes)
     assert [warm.wait(pid) for pid in pids] == [0, 0], Path(f"{tmp_path / 'two'}.log").read_text()

@@ -103,6 +103,8 @@ def test_kill_at_every_file_call(tmp_path, whole):
         shutil.copytree(source / "half", folder)
         with pytest.raises(Kill):
             train(folder, faulty(at, Kill())[0])
+        store = Store(folder / "checkpoints")
+        assert [store.read(step).step for step in store.steps()][-1] >= 8, "a checkpoint that has its name is whole"
         assert resumed(folder) == expected, f"call {at}: {made[at]}"
         shutil.rmtree(folder)
 
@@ -271,6 +273,17 @@ def test_every_damage_is_found(tmp_path, whole):
         with pytest.raises(Damaged):
             pytest.fail(f"trial {trial}: {kind} of {file.name} was not found: {store.read(12).step}")
         shutil.rmtree(store.path(12))
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path):
+    store = Store(tmp_path)
+    store.save(1, {}, {"step": 1})
+    manifest = store.path(1) / "manifest.json"
+    data = manifest.read_bytes()
+    for place in range(len(data)):
+        manifest.write_bytes(data[:place] + bytes([data[place] ^ 2 ** (place % 8)]) + data[place + 1 :])
+        with pytest.raises(Damaged):
+            pytest.fail(f"byte {place} was changed: {store.read(1).step}")
 
 
 def test_swapped_checkpoints_are_found(tmp_path, whole):

@@ -86,6 +86,7 @@ def test_journal_cuts_back_drops_torn_lines_and_tells_when_lines_are_missing(tmp
     journal = Journal(path, FileCalls())
     assert path.read_text() == '{"step": 1, "loss": null, "norm": null}\n{"step": 2}\n'
     journal.cut(kept)
+    assert path.stat().st_size == kept
     journal.add({"step": 2, "again": True})
     assert path.read_text().splitlines()[1:] == ['{"step": 2, "again": true}']
     journal.cut(1000)

@@ -10,6 +10,8 @@ import torch
 from pydantic import ValidationError
 from toy import RECIPE, ToyObjective, batches, digest, make, train, weights
 
+from latentkit.errors import InputError
+from latentkit.training.distributed import pick_device
 from latentkit.training.optimizers import Optimiser
 from latentkit.training.trainer import Callback, NotFinite, Schedule, Trainer
 
@@ -95,6 +97,11 @@ def test_weights_are_channels_last_and_gradients_follow(tmp_path):
 def test_two_turns_hand_on_shared_and_touch_only_their_own(tmp_path):
     trainer = make(tmp_path / "run", turns=2)
     before = {name: p.detach().clone() for name, p in trainer.module.named_parameters()}
+    parts = next(trainer.batches(0))
+    trainer._gradients("net", parts, [{} for _ in parts])
+    assert all(p.grad is None for p in trainer.module["critic"].parameters()), "no work for the other turn's weights"
+    trainer.module.zero_grad()
+    trainer.shared = {}
     with trainer.run:
         trainer.optimisers["critic"].step = lambda rate: None
         trainer.train()
@@ -246,6 +253,11 @@ def test_another_machine_is_told(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("platform.python_version", lambda: "9.9")
     train(tmp_path / "run", steps=4)
     assert "9.9): the result may differ in the last bits" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_an_input_error():
+    with pytest.raises(InputError, match=r"'banana' cannot be used here .* try 'auto'"):
+        pick_device("banana")
 
 
 def test_schedule_refuses_nonsense():

@@ -7,6 +7,7 @@ serve` is a warm process that forks such runs, so that a test can kill many of t
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ RECIPE = {
     "pause": 0.0,
     "broken": [],
     "broken_rank": 0,
+    "unequal": False,
 }
 
 
@@ -68,7 +70,7 @@ class ToyObjective:
     """Denoise keyed pictures; with two turns a critic learns to tell, and a running scale is kept in `shared`."""
 
     def __init__(self, recipe: dict[str, Any]) -> None:
-        torch.manual_seed(recipe["seed"])
+        torch.manual_seed(recipe["seed"] + (distributed.world().rank if recipe["unequal"] else 0))
         self.seed = recipe["seed"]
         self.module = nn.ModuleDict({"net": ToyNet(recipe["dropout"])})
         self.shared: tuple[str, ...] = ()
@@ -210,13 +212,23 @@ def serve() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:
-            answer = os.waitstatus_to_exitcode(os.waitpid(question["wait"], 0)[1])
+            answer = ended(question["wait"])
         elif (answer := os.fork()) == 0:
             log = os.open(f"{question['folder']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 2)
             os.environ.update(question["environment"])
             os._exit(program(question["folder"], question["changes"]))
         print(answer, flush=True)
+
+
+def ended(pid: int, patience: float = 60.0) -> int:
+    """The exit status of a child; one that hangs is killed."""
+    deadline = time.monotonic() + patience
+    while not (found := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(found[1])
 
 
 def program(folder: str, changes: dict[str, Any]) -> int:

@@ -98,7 +98,6 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.shared: dict[str, Tensor] = {}  # what the objective keeps from step to step
         self.window: dict[str, list[float]] = {}  # name -> [weighted sum, weight] since the last line of metrics
-        self.saved: int | None = None
         self.progress = Progress(schedule.steps, schedule.batch, silent=not self.world.main)
 
     def train(self) -> None:
@@ -252,7 +251,7 @@ class Trainer:
     def _save(self, last: bool) -> None:
         """Write a checkpoint; one that fails is tried again at the next interval unless it is the last."""
         windows = distributed.gather(self.window)
-        if not self.world.main or self.saved == self.step:
+        if not self.world.main:
             return
         tables: Tables = {"weights": self.module.state_dict(), **self.ema.tables()}
         tables |= {f"optimiser-{turn}": stepper.table() for turn, stepper in self.optimisers.items()}
@@ -280,7 +279,6 @@ class Trainer:
                 raise
             say(f"{error} Training goes on; the next try is after {self.schedule.save_every} steps.")
             return
-        self.saved = self.step
         self.run.time(self.step, {"save_seconds": time.monotonic() - begun})
 
     def _resume(self) -> None:
@@ -317,7 +315,7 @@ class Trainer:
         for turn, stepper in self.optimisers.items():
             stepper.restore(tables[f"optimiser-{turn}"])
         self.shared = {name: value.to(self.device) for name, value in tables.get("shared", {}).items()}
-        self.step = self.saved = checkpoint.step
+        self.step = checkpoint.step
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         windows = state["windows"]
         if len(windows) == self.world.size:
