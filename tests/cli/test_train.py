@@ -1,0 +1,117 @@
+"""`latentkit train` and `latentkit fit` as a person types them."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from latentkit import cli
+from latentkit.applications.fit import choice, folder
+from latentkit.applications.fit.choice import Scale
+from latentkit.checkpoints.files import load
+from latentkit.data.pictures import to_png
+from latentkit.diffusion.noise import keyed_uniform
+
+TINY = Scale(16, 4, 16, (1, 1), 4, 32, 0, 32, 1, 4)
+
+
+@pytest.fixture
+def call(monkeypatch, tmp_path, capsys):
+    """Types `latentkit ...` in a folder that holds twelve pictures; gives exit code, stdout and stderr."""
+    for device in choice.SCALES:
+        monkeypatch.setitem(choice.SCALES, device, TINY)
+    monkeypatch.setattr(folder, "selftest", lambda *_: [])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    pictures = tmp_path / "work" / "pics"
+    pictures.mkdir(parents=True)
+    for number in range(12):
+        (pictures / f"{number}.png").write_bytes(to_png(keyed_uniform((3, 16, 16), number) * 2 - 1))
+    monkeypatch.chdir(pictures.parent)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def type_(*words):
+        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        return (code, *capsys.readouterr())
+
+    return type_
+
+
+def test_fit_prints_paths_alone_on_stdout(call):
+    code, out, err = call("fit", "pics", "--budget", "5m", "--dry-run", "--seed", "4", "--name", "things")
+    assert (code, out) == (0, "runs/things/plan.yaml\n")
+    assert "12 pictures (plain)" in err
+    assert "budget 5m" in err
+    plan = Path("runs/things/plan.yaml")
+    values = yaml.safe_load(plan.read_text())
+    assert values["asked"]["seed"] == values["diffusion"]["seed"] == 4
+    for stage in ("autoencoder", "diffusion"):
+        values[stage]["schedule"]["steps"] = 2
+    plan.write_text(yaml.safe_dump(values))
+    code, out, err = call("fit", "pics", "--budget", "5m", "--seed", "4", "--name", "things")
+    assert (code, out.split()) == (0, ["runs/things/things.safetensors", "runs/things/report.html"])
+    assert load("runs/things/things.safetensors").network.architecture.size == (16, 16)
+
+
+def test_fit_takes_size_condition_and_run(call):
+    code, out, _ = call("fit", "pics", "--size", "24", "--condition", "none", "--run", "here", "--dry-run")
+    assert (code, out) == (0, "here/plan.yaml\n")
+    values = yaml.safe_load(Path("here/plan.yaml").read_text())
+    assert values["diffusion"]["data"]["transform"]["size"] == 24
+    assert values["asked"]["condition"] == "none"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("fit", "nothing"), 1, "data folder nothing does not exist"),
+        (("fit", "pics", "--budget", "abc"), 2, "budget 'abc' is not a time"),
+        (("fit", "pics", "--budget", "3s"), 1, "the least is"),
+        (("fit", "pics", "--size", "17"), 2, "nearest: 16 and 24"),
+        (("fit", "pics", "--condition", "caption"), 2, "condition 'caption' is unknown"),
+        (("train", "nothing.yaml"), 2, "recipe 'nothing.yaml' does not exist"),
+        (("train", "recipe.yaml", "schedule.stps=3"), 2, "schedule.stps: unknown key; did you mean 'steps'"),
+        (("train", "recipe.yaml", "steps"), 2, "override 'steps' is not of the form"),
+        (("train", "recipe.yaml", "data.path=nowhere"), 1, "data folder nowhere does not exist"),
+    ],
+)
+def test_wrong_words_are_one_line_and_an_exit_code(call, words, code, said):
+    write_recipe()
+    got, out, err = call(*words)
+    assert (got, out) == (code, "")
+    assert said in err
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+def write_recipe():
+    recipe = {
+        "stage": "autoencoder",
+        "name": "small",
+        "data": {"path": "pics", "transform": {"size": 16}},
+        "network": {"latent_channels": 4, "channels": 16, "multipliers": [1], "stem": 4, "attention": False},
+        "schedule": {"steps": 100, "batch": 4},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_train_runs_a_recipe_with_overrides(call):
+    write_recipe()
+    code, out, err = call("train", "recipe.yaml", "schedule.steps=2", "seed=7")
+    assert (code, out) == (0, "runs/small/model.safetensors\n")
+    assert Path(out.strip()).is_file()
+    assert "step 2/2" in err
+    assert yaml.safe_load(Path("runs/small/recipe.yaml").read_text())["seed"] == 7
+    code, out, err = call("train", "recipe.yaml", "schedule.steps=3", "seed=7")
+    assert code == 1
+    assert "schedule.steps: 2 -> 3" in err
+    code, out, _ = call("train", "recipe.yaml", "schedule.steps=3", "--run", "elsewhere")
+    assert (code, out) == (0, "elsewhere/model.safetensors\n")
