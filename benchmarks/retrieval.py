@@ -2,10 +2,10 @@
 
     python benchmarks/retrieval.py [-m emoji] [--json FILE] [--sheet FOLDER]
 
-A picture obeys its caption when, of all training glyphs, the one nearest to it (squared distance at 32x32 pixels, RGB on
-white) is the caption's own; pixel-identical glyphs count as one. Sampler, steps and guidance are fixed below, the seed of
-caption i is i, nothing is tried twice. Beside it: captions whose words are reordered, keywords instead of the name,
-held-out captions, and how near samples lie to training pictures (KID and nearest neighbours, own features).
+A picture obeys its caption when, of all training glyphs, the one nearest to it (squared distance at 32x32 pixels, RGB
+on white) is the caption's own; pixel-identical glyphs count as one. Sampler, steps and guidance are fixed below, the
+seed of caption i is i, nothing is tried twice. Beside it: captions whose words are reordered, keywords instead of the
+name, held-out captions, and how near samples lie to training pictures (KID and nearest neighbours, own features).
 """
 
 import argparse
@@ -30,8 +30,10 @@ from latentkit.evaluation.neighbours import memorisation
 
 SETTINGS = {"sampler": "dpm++2m", "spacing": "uniform", "steps": 12, "guidance_scale": 2.0}
 SIDE = 32
-UNSEEN = ["purple apple", "cat with sunglasses", "green car", "blue heart with arrow", "red flag", "pizza face",
-          "yellow rocket", "woman cat", "black rose", "two hearts on fire", "horse in snow", "clock with face"]  # fmt: skip
+UNSEEN = [
+    *("purple apple", "cat with sunglasses", "green car", "blue heart with arrow", "red flag", "pizza face"),
+    *("yellow rocket", "woman cat", "black rose", "two hearts on fire", "horse in snow", "clock with face"),
+]
 
 
 def small(pictures: Tensor) -> Tensor:
