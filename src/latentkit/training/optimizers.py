@@ -52,44 +52,77 @@ class Stepper:
         named = dict(parameters)
         hidden = _hidden(named, elementwise) if settings.name == "muon" else set()
         self.muon = Muon({name: p for name, p in named.items() if name in hidden}, settings.weight_decay)
-        self.elementwise = {name: p for name, p in named.items() if name not in hidden}
-        matrices = [p for name, p in self.elementwise.items() if p.ndim >= 2 and "embedding" not in name]
-        others = [p for name, p in self.elementwise.items() if p.ndim < 2 or "embedding" in name]
-        groups = [
-            {"params": members, "weight_decay": decay}
-            for members, decay in ((matrices, settings.weight_decay), (others, 0.0))
-            if members
-        ]
-        self.adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True) if groups else None
-        for parameter in self.elementwise.values():  # made now, so that a resumed run's memory is laid out the same
-            assert self.adamw is not None
-            self.adamw.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            }
+        rest = {name: p for name, p in named.items() if name not in hidden}
+        self.adamw = AdamW(rest, settings.weight_decay, settings.betas)
 
     def step(self, rate: float) -> None:
         """Move the weights by their gradients."""
-        if self.adamw:
-            for group in self.adamw.param_groups:
-                group["lr"] = rate
-            self.adamw.step()
+        self.adamw.step(rate)
         self.muon.step(rate)
 
     def table(self) -> dict[str, Tensor]:
         """The whole state as named tensors; not copies."""
-        tensors = self.muon.table()
-        for name, parameter in self.elementwise.items():
-            assert self.adamw is not None
-            tensors |= {f"{name}/{key}": value for key, value in self.adamw.state[parameter].items()}
-        return tensors
+        return self.muon.table() | self.adamw.table()
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `table` gave; raises KeyError where a name is missing."""
         for name, value in self.table().items():
             value.copy_(tensors[name])
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019), of matrices other than embeddings only.
+
+    It calls the kernel of torch.optim.AdamW(fused=True); making that class loads torch's compiler, which takes seconds.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], weight_decay: float, betas: tuple[float, float]) -> None:
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
+        self.betas = betas
+        # Made now and in the parameters' memory format, so that a resumed run's memory is laid out the same.
+        self.steps = [torch.zeros((), device=p.device) for p in self.parameters]
+        self.means = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
+        self.squares = [torch.zeros_like(p, memory_format=torch.preserve_format) for p in self.parameters]
+        decayed = [p.ndim >= 2 and "embedding" not in name for name, p in parameters.items()]
+        self.groups = [
+            (rows, decay)
+            for rows, decay in (
+                ([i for i, yes in enumerate(decayed) if yes], weight_decay),
+                ([i for i, yes in enumerate(decayed) if not yes], 0.0),
+            )
+            if rows
+        ]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """Move the weights by their gradients."""
+        for rows, decay in self.groups:
+            steps = [self.steps[i] for i in rows]
+            torch._foreach_add_(steps, 1)
+            torch._fused_adamw_(
+                [self.parameters[i] for i in rows],
+                [_gradient(self.parameters[i]) for i in rows],
+                [self.means[i] for i in rows],
+                [self.squares[i] for i in rows],
+                [],
+                steps,
+                lr=rate,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=decay,
+                eps=1e-8,
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def table(self) -> dict[str, Tensor]:
+        """The moments and the count of each parameter; not copies."""
+        tensors: dict[str, Tensor] = {}
+        for name, step, mean, square in zip(self.names, self.steps, self.means, self.squares, strict=True):
+            tensors |= {f"{name}/step": step, f"{name}/exp_avg": mean, f"{name}/exp_avg_sq": square}
+        return tensors
 
 
 class Muon:
@@ -116,7 +149,7 @@ class Muon:
     def step(self, rate: float) -> None:
         """Move the weights by their gradients."""
         for _, members, momentum in self.stacks:
-            gradients = torch.stack([_matrix(p.grad, p).float() for p in members])
+            gradients = torch.stack([_matrix(_gradient(p), p).float() for p in members])
             momentum.lerp_(gradients, 1 - MOMENTUM)
             directions = orthogonalise(gradients.lerp_(momentum, MOMENTUM))
             size = 0.2 * math.sqrt(max(momentum.shape[1:]))
@@ -149,12 +182,16 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def _matrix(tensor: Tensor | None, parameter: nn.Parameter) -> Tensor:
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "the trainer gives every parameter of a turn a gradient"
+    return parameter.grad
+
+
+def _matrix(tensor: Tensor, parameter: nn.Parameter) -> Tensor:
     """A parameter or its gradient as [out, rest] in the order of the parameter's memory (orthogonality does not mind).
 
     Of the parameter itself, and of a gradient laid out as it is, this is a view.
     """
-    assert tensor is not None
     if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
         tensor = tensor.permute(0, 2, 3, 1)
     return tensor.reshape(tensor.shape[0], -1)
