@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentkit.errors import InputError
 from latentkit.nets.attention import PixelAttention
 from latentkit.nets.bottleneck import Posterior, posterior
-from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm
+from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm, normalised
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
         h = self.conv_in(F.pixel_unshuffle(pixels, self.stem) if self.stem > 1 else pixels)
         for level in self.levels:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.middle(h))))
+        return self.conv_out(normalised(self.norm_out, self.middle(h)))
 
 
 class Decoder(nn.Module):
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         h = self.middle(self.conv_in(z))
         for level in self.levels:
             h = level(h)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(normalised(self.norm_out, h))
         return F.pixel_shuffle(h, self.stem) if self.stem > 1 else h
 
 

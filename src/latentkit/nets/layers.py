@@ -1,10 +1,15 @@
 """The blocks that both networks are made of: norms, residual blocks, resampling, time embedding."""
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+PORTION = 1 << 19
+"""Elements that `_ChannelsLastNorm` works on at a time."""
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -17,6 +22,86 @@ def zeroed(module: nn.Module) -> nn.Module:
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
+
+
+def normalised(
+    norm: nn.GroupNorm, x: Tensor, modulation: tuple[Tensor, Tensor] | None = None, *, silu: bool = True
+) -> Tensor:
+    """`norm`, then scale and shift of `modulation` (`b c` each, scale around 0), then SiLU: `b c h w -> b c h w`."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and channels_last:
+        weight, bias = (part.float().expand(len(x), -1) for part in (norm.weight, norm.bias))
+        if modulation is not None:
+            scale, shift = (part.float() for part in modulation)
+            weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
+        return _ChannelsLastNorm.apply(x, weight, bias, norm.num_groups, norm.eps, silu)
+    h = norm(x)
+    if modulation is not None:
+        scale, shift = (part[:, :, None, None] for part in modulation)
+        h = torch.addcmul(shift, h, 1 + scale)
+    return F.silu(h) if silu else h
+
+
+class _ChannelsLastNorm(torch.autograd.Function):
+    """GroupNorm, with SiLU if asked for, of a channels-last bfloat16 `b c h w` on a CPU; weight and bias float32 `b c`.
+
+    torch's own kernel takes two to ten times as long there. This computes in float32, some pictures at a time, and
+    once more on the way back, so that only the input is kept. (Functions can be made in no other way than by class.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+        """(x - mean) / std * weight + bias, mean and std of a group's channels and pixels (Wu & He 2018)."""
+        y, mean, rate = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        for x_, y_, weight_, bias_, mean_, rate_ in _portions(x, y, weight, bias, mean, rate):
+            pixels = x_.float()
+            square = pixels * pixels
+            mean_.copy_(_group_mean(pixels.mean(1), groups))
+            variance = _group_mean(square.mean(1), groups) - mean_ * mean_
+            torch.rsqrt(variance.clamp_min_(0).add_(eps), out=rate_)
+            scale = rate_ * weight_
+            z = torch.addcmul((bias_ - mean_ * scale)[:, None], pixels, scale[:, None], out=square)
+            y_.copy_(F.silu(z, inplace=True) if silu else z)
+        ctx.save_for_backward(x, weight, bias, mean, rate)
+        ctx.groups, ctx.silu = groups, silu
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by x, weight and bias."""
+        x, weight, *statistics = ctx.saved_tensors
+        by_x, by_weight, by_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+        tables = weight, *statistics, by_weight, by_bias
+        for x_, slope_, by_x_, weight_, bias_, mean, rate, by_weight_, by_bias_ in _portions(
+            x, gradient, by_x, *tables
+        ):
+            pixels, slope = x_.float(), slope_.float()
+            scale = rate * weight_
+            z = torch.addcmul((bias_ - mean * scale)[:, None], pixels, scale[:, None])
+            if ctx.silu:
+                torch.ops.aten.silu_backward.grad_input(slope, z, grad_input=slope)
+            level, tilt = slope.mean(1), torch.mul(slope, pixels, out=z).mean(1)
+            a, b = _group_mean(level * weight_, ctx.groups), _group_mean(tilt * weight_, ctx.groups)
+            linear = (a * mean - b) * rate**3
+            constant = -linear * mean - a * rate
+            pixels = torch.addcmul(constant[:, None], pixels, linear[:, None], out=pixels)
+            by_x_.copy_(pixels.addcmul_(slope, scale[:, None]))
+            torch.mul((tilt - level * mean) * rate, pixels.shape[1], out=by_weight_)
+            torch.mul(level, pixels.shape[1], out=by_bias_)
+        return by_x, by_weight, by_bias, None, None, None
+
+
+def _portions(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of each at a time, so few that float32 copies stay in the cache; `b c h w` comes as `b (h w) c`."""
+    rows = max(1, PORTION // tensors[0][0].numel())
+    tables = (t.permute(0, 2, 3, 1).flatten(1, 2) if t.ndim == 4 else t for t in tensors)
+    return zip(*(table.split(rows) for table in tables), strict=True)
+
+
+def _group_mean(values: Tensor, groups: int) -> Tensor:
+    """The mean over the channels of each group, at each of them: `b c -> b c`."""
+    grouped = values.unflatten(1, (groups, -1))
+    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
 class ResidualBlock(nn.Module):
@@ -48,15 +133,15 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
         """`embedding` is `b d`, already through SiLU."""
-        h = self.conv_in(F.silu(self.norm_in(x)))
+        h = self.conv_in(normalised(self.norm_in, x))
         if embedding is None:
-            h = self.norm_out(h)
+            h = normalised(self.norm_out, h)
         elif self.scale_shift:
-            scale, shift = self.embedding(embedding)[:, :, None, None].chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+            scale, shift = self.embedding(embedding).chunk(2, dim=1)
+            h = normalised(self.norm_out, h, (scale, shift))
         else:
-            h = self.norm_out(h + self.embedding(embedding)[:, :, None, None])
-        return torch.add(self.skip(x), self.conv_out(self.dropout(F.silu(h))))
+            h = normalised(self.norm_out, h + self.embedding(embedding)[:, :, None, None])
+        return torch.add(self.skip(x), self.conv_out(self.dropout(h)))
 
 
 class Downsample(nn.Module):

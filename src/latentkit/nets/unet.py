@@ -12,7 +12,16 @@ from torch.utils.checkpoint import checkpoint
 
 from latentkit.errors import InputError
 from latentkit.nets.attention import SpatialTransformer
-from latentkit.nets.layers import Downsample, EmbeddingMLP, ResidualBlock, Upsample, group_norm, sinusoids, zeroed
+from latentkit.nets.layers import (
+    Downsample,
+    EmbeddingMLP,
+    ResidualBlock,
+    Upsample,
+    group_norm,
+    normalised,
+    sinusoids,
+    zeroed,
+)
 
 
 @dataclass(frozen=True)
@@ -200,4 +209,4 @@ class UNet(nn.Module):
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
             if up.upsample is not None:
                 h = up.upsample(h, (skips[-1].shape[2], skips[-1].shape[3]))
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(normalised(self.norm_out, h))
