@@ -7,19 +7,18 @@ import torch
 
 from latentkit.applications.fit import choice, division
 from latentkit.applications.fit.choice import Scale
-from latentkit.data.pictures import to_png
+from latentkit.data.pictures import to_png, to_tiff
 
-TINY = Scale(16, 2, 32, (1, 1), 4, 32, 0, 32, 1, 4)
+TINY = Scale(16, 2, 32, (1, 1), 4, 32, 1, 0, 32, 1, 4)
 
 
 def square(number: int, side: int = 16, channels: int = 3) -> torch.Tensor:
     """A coloured square at a place of its own on white, `c h w`; alpha, where there is, is 0 outside it."""
     picture = torch.ones(channels, side, side)
     top, left = (number * 5) % (side // 2), (number * 3) % (side // 2)
-    colour = torch.tensor([(number * 37) % 200, (number * 91) % 200, (number * 13) % 200, 255.0]) / 127.5 - 1
+    fill = torch.tensor([(number * (37 + 54 * channel)) % 200 for channel in range(channels)]) / 127.5 - 1
     if channels in (2, 4):
-        picture[-1] = -1
-    fill = colour[-channels:] if channels in (2, 4) else colour[:channels]
+        picture[-1], fill[-1] = -1, 1
     picture[:, top : top + side // 2, left : left + side // 2] = fill[:, None, None]
     return picture
 
@@ -29,7 +28,11 @@ def folder_of(path: Path, count: int, *, kind: str = "plain", side: int = 16, ch
     for number in range(count):
         where = path / ("even" if number % 2 == 0 else "odd") if kind == "classes" else path
         where.mkdir(parents=True, exist_ok=True)
-        (where / f"{number:03d}.png").write_bytes(to_png(square(number, side, channels)))
+        picture = square(number, side, channels)
+        if channels > 4:
+            (where / f"{number:03d}.tif").write_bytes(to_tiff(picture))
+        else:
+            (where / f"{number:03d}.png").write_bytes(to_png(picture))
         if kind == "captions":
             (where / f"{number:03d}.txt").write_text(f"square number {number}")
     return path

@@ -58,9 +58,9 @@ def test_captioned_pictures_become_a_model_and_a_report(tiny, capsys):
         assert row in err
 
 
-@pytest.mark.parametrize(("kind", "channels", "count"), [("classes", 4, 12), ("plain", 1, 5)])
+@pytest.mark.parametrize(("kind", "channels", "count"), [("classes", 4, 12), ("plain", 1, 5), ("plain", 5, 2)])
 def test_other_folders_too(tiny, kind, channels, count):
-    """RGBA pictures in class folders; a handful of gray ones, too few to hold any back."""
+    """RGBA pictures in class folders; a handful of gray ones, too few to hold any back; two of five channels."""
     folder_of(tiny / "pics", count, kind=kind, channels=channels)
     done = fit("pics", "things", steps=(3, 3), seed=5)
     assert done.model == Path("runs/things/things.safetensors")
@@ -78,6 +78,11 @@ def test_a_second_call_does_nothing_again(tiny, monkeypatch):
         monkeypatch.setattr(folder, name, None)
     assert fit(tiny / "pics", steps=(3, 3)) == done
     assert contents(Path("runs")) == before
+    done.model.write_bytes(done.model.read_bytes()[:-1])  # no longer what was trained
+    monkeypatch.setattr(folder, "write_report", lambda *_: "again")
+    fit("pics", steps=(3, 3))
+    assert done.report.read_text() == "again"
+    assert done.model.read_bytes() == before["pics/pics.safetensors"]
 
 
 def test_stopped_anywhere_it_goes_on_by_the_same_plan_to_the_same_bytes(tiny, monkeypatch):
@@ -155,12 +160,12 @@ def test_another_budget_or_other_pictures_are_refused_with_the_difference(tiny, 
     fit("pics", budget="5m", dry_run=True)
     before = contents(Path("runs"))
     with pytest.raises(InputError, match="budget: 5m -> 10m"):
-        fit("pics", budget="10m")
+        fit("pics", budget="10m", dry_run=True)
     with pytest.raises(InputError, match="seed: 0 -> 1"):
-        fit("pics", budget="5m", seed=1)
+        fit("pics", budget="5m", seed=1, dry_run=True)
     folder_of(pictures, 13)
     with pytest.raises(InputError, match="the pictures or their captions have changed"):
-        fit("pics", budget="5m")
+        fit("pics", budget="5m", dry_run=True)
     assert contents(Path("runs")) == before
 
 
@@ -184,7 +189,7 @@ def test_another_budget_or_other_pictures_are_refused_with_the_difference(tiny, 
         ({"folder": "."}, "would lie among the pictures", 1),
     ],
 )
-def test_wrong_input_is_named_and_nothing_is_written(tiny, options, message, code):
+def test_wrong_input_is_named_and_nothing_is_written(tiny, untested, options, message, code):
     folder_of(tiny / "pics", 12)
     for name in ("taken", "empty", "specks"):
         (tiny / name).mkdir()
@@ -197,7 +202,7 @@ def test_wrong_input_is_named_and_nothing_is_written(tiny, options, message, cod
     before = contents(tiny)
     given = {"folder": "pics", **options}
     with pytest.raises(InputError, match=message) as caught:
-        fit(given.pop("folder"), **given)
+        fit(given.pop("folder"), **given, dry_run=True)
     assert caught.value.exit_code == code
     assert contents(tiny) == before
     assert not Path("runs").exists()

@@ -92,6 +92,17 @@ def test_little_memory_makes_small_portions(tiny, monkeypatch):
     assert measure_autoencoder(found.autoencoder, train).micro_batch == 2
 
 
+def test_a_device_that_is_too_small_is_an_input_error(tiny, monkeypatch):
+    found, train = planned(tiny)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(measure, "_steps", full)
+    with pytest.raises(InputError, match="--size"):
+        measure_autoencoder(found.autoencoder, train)
+
+
 def test_the_largest_portion_that_fits():
     weights = {2: 1200, 8: 1800}  # 1000 and 100 a picture
     assert portion(32, weights, 10_000) == 32

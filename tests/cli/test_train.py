@@ -14,7 +14,7 @@ from latentkit.checkpoints.files import load
 from latentkit.data.pictures import to_png
 from latentkit.diffusion.noise import keyed_uniform
 
-TINY = Scale(16, 4, 16, (1, 1), 4, 32, 0, 32, 1, 4)
+TINY = Scale(16, 4, 16, (1, 1), 4, 32, 1, 0, 32, 1, 4)
 
 
 @pytest.fixture

@@ -40,6 +40,7 @@ class Scale(NamedTuple):
     autoencoder_levels: tuple[int, int]
     autoencoder_batch: int
     unet: int
+    blocks: int
     depth: int
     """Transformer blocks after each residual block below the first level."""
     text: int
@@ -50,8 +51,8 @@ class Scale(NamedTuple):
 
 
 SCALES = {
-    "cpu": Scale(64, 8, 96, (1, 1), 16, 192, 0, 192, 3, 32),
-    "cuda": Scale(256, 12, 128, (1, 2), 32, 256, 1, 384, 6, 64),
+    "cpu": Scale(64, 8, 96, (1, 1), 16, 192, 1, 0, 192, 3, 32),
+    "cuda": Scale(256, 12, 128, (1, 2), 32, 256, 2, 1, 384, 6, 64),
 }
 
 
@@ -125,7 +126,7 @@ def choose(
         network=UNetConfig(
             channels=scale.unet,
             multipliers=multipliers,
-            blocks=1,
+            blocks=scale.blocks,
             depth=depth,
             heads=None,
             head_width=scale.head,

@@ -1,16 +1,16 @@
 """The whole way from a folder of pictures to one model file and its report; each step done is not done again."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from latentkit.applications.fit import saved
 from latentkit.applications.fit.choice import choose, model_name
 from latentkit.applications.fit.division import Costs, divide, parse_budget
 from latentkit.applications.fit.measure import measure_autoencoder, measure_diffusion
-from latentkit.applications.fit.saved import Asked, Counted, FitPlan, planned
+from latentkit.applications.fit.plan import FILE, Asked, Counted, FitPlan, compare, describe, load, planned, save
 from latentkit.applications.fit.selftest import selftest
 from latentkit.applications.fit.summary import write_report
 from latentkit.applications.pictures import open_data
@@ -64,7 +64,7 @@ def fit(
     run = Path(run) if run is not None else Path("runs") / name
     if run.resolve().is_relative_to(Path(folder).expanduser().resolve()):
         raise InputError(f"the run {run} would lie among the pictures of {folder}; name another place with --run")
-    plan = saved.load(run)
+    plan = load(run)
     source = open_source(folder)
     say(report.describe(report.inspect(source)))
     asked = Asked(
@@ -73,14 +73,14 @@ def fit(
     )  # fmt: skip
     if plan is None:
         plan = _plan(source, asked, run)
-        saved.save(run, plan)
-        say(f"\nplan ({run / saved.FILE}):\n{saved.describe(plan)}\n")
+        save(run, plan)
+        say(f"\nplan ({run / FILE}):\n{describe(plan)}\n")
     else:
-        saved.compare(run, plan, asked)
-        say(f"\ngoing on by the plan in {run / saved.FILE}:\n{saved.describe(plan)}\n")
+        compare(run, plan, asked)
+        say(f"\ngoing on by the plan in {run / FILE}:\n{describe(plan)}\n")
     if dry_run:
         _rehearse(plan)
-        return Fitted(run / saved.FILE)
+        return Fitted(run / FILE)
     return _train(plan, run, source)
 
 
@@ -128,14 +128,18 @@ def _train(plan: FitPlan, run: Path, source: Source) -> Fitted:
     model, page = run / f"{name}.safetensors", run / "report.html"
     _stage(plan.autoencoder, run / "autoencoder", "first stage")
     trained = _stage(plan.diffusion, run / "diffusion", "second stage")
-    if not model.exists():
-        content = trained.read_bytes()
+    content = trained.read_bytes()
+    fresh = not model.exists() or model.read_bytes() != content
+    if fresh:
         persist(FileCalls(), str(model), lambda: replace_file(FileCalls(), model, [content]))
-    if not page.exists():
+    if fresh or not page.exists():
         say("drawing pictures for the report")
         text = write_report(plan, run, model, source)
         persist(FileCalls(), str(page), lambda: replace_file(FileCalls(), page, [text.encode()]))
-    return Fitted(run / saved.FILE, model, page)
+    words = '"a few words" ' if plan.diffusion.text else ""
+    words = f"--label {shlex.quote(source.classes[0])} " if plan.diffusion.label else words
+    say(f"draw with: latentkit generate {words}-m {model}")
+    return Fitted(run / FILE, model, page)
 
 
 def _stage(recipe: AutoencoderRecipe | DiffusionRecipe, folder: Path, name: str) -> Path:

@@ -139,10 +139,13 @@ def _measure(recipe: Any, objective: Callable[[], Any], batch: dict[str, Any]) -
     """First the memory at two small batches, then time and memory at the largest micro-batch that fits."""
     device = distributed.pick_device(recipe.schedule.device)
     size = recipe.schedule.batch
-    small, larger = max(1, size // 8), max(2, size // 4)
     allowed = MEMORY_SHARE * (available(device) + _used(device))
-    weights = {count: _steps(recipe, objective(), batch, count, count, 2)[1] for count in (small, larger)}
-    micro = portion(size, {count: weights[count] for count in weights}, allowed)
+    try:
+        pair = (max(1, size // 8), max(2, size // 4))
+        weights = {count: _steps(recipe, objective(), batch, count, count, 2)[1] for count in pair}
+    except torch.OutOfMemoryError:
+        raise _too_large(f"{size // 4} pictures at a time do not fit", allowed) from None
+    micro = portion(size, weights, allowed)
     seconds, memory = _steps(recipe, objective(), batch, size, micro, WARM + TIMED)
     return Measured(seconds=seconds, memory=memory, micro_batch=None if micro == size else micro)
 
@@ -157,8 +160,12 @@ def portion(batch: int, weights: dict[int, int], allowed: float) -> int:
     for micro in range(batch, 0, -1):
         if batch % micro == 0 and low + slope * (micro - small) <= allowed:
             return micro
-    raise InputError(
-        f"one picture at a time takes {low / 1e9:.1f} GB to train, and {allowed / 1e9:.1f} GB can be used; "
+    raise _too_large(f"one picture at a time takes {low / 1e9:.1f} GB", allowed)
+
+
+def _too_large(what: str, allowed: float) -> InputError:
+    return InputError(
+        f"training takes too much memory: {what}, and {allowed / 1e9:.1f} GB can be used; "
         "ask for smaller pictures with --size, or free some memory"
     )
 

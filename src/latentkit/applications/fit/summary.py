@@ -10,7 +10,7 @@ import yaml
 from torch import Tensor
 
 from latentkit.applications.fit.division import MOST_HELD, MOST_REFERENCE, duration
-from latentkit.applications.fit.saved import FitPlan, describe
+from latentkit.applications.fit.plan import FitPlan, describe
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data, shown
 from latentkit.checkpoints.files import load
