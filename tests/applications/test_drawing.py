@@ -136,6 +136,11 @@ def test_nothing_is_drawn_before_all_is_checked() -> None:
         next(generate(MODEL, REQUESTS[0], count=0))
 
 
+def test_no_picture_gets_a_seed_that_its_record_may_not_hold() -> None:
+    with pytest.raises(InputError, match=f"seeds {2**63 - 1} to {2**63} asked for"):
+        next(generate(MODEL, TextToImage(prompt="cat", seed=2**63 - 1), count=2))
+
+
 def test_batches_are_bounded_by_their_latent_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generating, "CELLS_AT_ONCE", 2 * 8 * 8)
     drawn = results(generate(MODEL, REQUESTS))

@@ -171,6 +171,13 @@ def test_wrong_input(words: list[str], code: int, message: str, run: Run, capsys
     assert not Path("out").exists() or not list(Path("out").iterdir())
 
 
+def test_a_contact_sheet_that_cannot_be_written_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pictures").mkdir()
+    Path("pictures/gray.png").write_bytes(to_png(torch.zeros(3, 8, 8)))
+    assert run("data", "check", "pictures", "--sheet", "missing/sheet.png") == 1
+    assert "missing/sheet.png could not be written: No such file" in capsys.readouterr().err
+
+
 def test_verbose_shows_where_an_error_came_from(run: Run) -> None:
     with pytest.raises(InputError):
         run("-v", "generate", "x", "-m", "none.safetensors")

@@ -79,6 +79,8 @@ def generate(
     jobs: list[Request] = []
     for request in asked:
         full = resolve(request, model.network, defaults)
+        if (last := known(full.seed) + count - 1) >= 2**63:
+            raise InputError(f"seeds {full.seed} to {last} asked for; allowed are 0 to {2**63 - 1}", exit_code=2)
         jobs += [full.model_copy(update={"seed": known(full.seed) + i}) for i in range(count)]
     done = 0
     for rows in _batches(model.network, jobs, exact):

@@ -30,7 +30,11 @@ def check(
     source = open_source(folder)
     found = report.inspect(source)
     if sheet is not None:
-        sheet.write_bytes(to_png(report.sheet(source)))
+        drawn = to_png(report.sheet(source))
+        try:
+            sheet.write_bytes(drawn)
+        except OSError as error:
+            raise InputError(f"{sheet} could not be written: {error.strerror or error}") from None
         found["sheet"] = str(sheet)
     if json:
         import json as writer
