@@ -110,3 +110,11 @@ def test_wrong_recipes_are_named(override: str, message: str) -> None:
 def test_a_missing_recipe_names_the_nearest() -> None:
     with pytest.raises(InputError, match=r"emoji-autoencoder\.yaml"):
         read_recipe(str(RECIPES / "emoji-autoencodr.yaml"), [])
+
+
+def test_numbers_are_read_as_people_write_them() -> None:
+    recipe = read_recipe(str(RECIPES / "emoji-autoencoder.yaml"), ["optimiser.lr=1e-3", "loss.kl=2E-4"])
+    assert recipe.optimiser.lr == 1e-3
+    assert recipe.loss.kl == 2e-4
+    with pytest.raises(InputError, match="greater than 0"):
+        read_recipe(str(RECIPES / "emoji-autoencoder.yaml"), ["optimiser.lr=.nan"])

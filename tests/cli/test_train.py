@@ -62,7 +62,7 @@ def test_fit_prints_paths_alone_on_stdout(call):
 
 
 def test_fit_takes_size_condition_and_run(call):
-    code, out, _ = call("fit", "pics", "--size", "24", "--condition", "none", "--run", "here", "--dry-run")
+    code, out, _ = call("fit", "pics", "--size", "24", "--condition", "none", "--into", "here", "--dry-run")
     assert (code, out) == (0, "here/plan.yaml\n")
     values = yaml.safe_load(Path("here/plan.yaml").read_text())
     assert values["diffusion"]["data"]["transform"]["size"] == 24
@@ -113,5 +113,5 @@ def test_train_runs_a_recipe_with_overrides(call):
     code, out, err = call("train", "recipe.yaml", "schedule.steps=3", "seed=7")
     assert code == 1
     assert "schedule.steps: 2 -> 3" in err
-    code, out, _ = call("train", "recipe.yaml", "schedule.steps=3", "--run", "elsewhere")
+    code, out, _ = call("train", "recipe.yaml", "schedule.steps=3", "--into", "elsewhere")
     assert (code, out) == (0, "elsewhere/model.safetensors\n")

@@ -1,5 +1,6 @@
 """`latentkit train` and `latentkit fit`: models of your own pictures."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,13 +10,15 @@ import typer
 def train(
     recipe: Annotated[Path, typer.Argument(help="Recipe file, one of recipes/*.yaml or your own.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes to it, like schedule.steps=100.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run folder [default: runs/ and the recipe's name].")] = None,
+    into: Annotated[Path | None, typer.Option(help="Run folder [default: runs/ and the recipe's name].")] = None,
 ) -> None:
     """Train one stage by a recipe, or go on with a run that was stopped. Prints the model file's path."""
     from latentkit.applications.train import train
     from latentkit.training.recipe import read_recipe
 
-    typer.echo(train(read_recipe(str(recipe), overrides or []), run))
+    path = train(read_recipe(str(recipe), overrides or []), into)
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.echo(path)
 
 
 def fit(
@@ -26,7 +29,7 @@ def fit(
     condition: Annotated[str, typer.Option(help="What it is told: auto, text, label or none.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, test that everything can learn, and stop.")] = False,
-    run: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME].")] = None,
+    into: Annotated[Path | None, typer.Option(help="Run folder [default: runs/NAME].")] = None,
 ) -> None:
     """Train a whole model of a folder of pictures: plan, first stage, second stage, report.
 
@@ -35,6 +38,6 @@ def fit(
     """
     from latentkit.applications.fit import fit
 
-    done = fit(folder, name, budget=budget, size=size, condition=condition, seed=seed, dry_run=dry_run, run=run)
+    done = fit(folder, name, budget=budget, size=size, condition=condition, seed=seed, dry_run=dry_run, run=into)
     for path in (done.model, done.report) if done.model else (done.plan,):
         typer.echo(path)

@@ -1,5 +1,6 @@
 """Recipe: the training file. One recipe is one run of one stage; unknown keys are errors."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -125,6 +126,22 @@ def _allowed(values: dict[str, Any], path: list[Any]) -> list[str]:
     return list(node.get("properties", {}))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose 1e-3 is a number, as in YAML 1.2; PyYAML alone reads a string, and is changed by a class only."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: list(resolvers) for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _plain(text: str) -> Any:
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def read_recipe(path: str, overrides: list[str]) -> AutoencoderRecipe | DiffusionRecipe:
     """A recipe file with `key.key=value` overrides (values are YAML); InputError on anything wrong."""
     file = Path(path)
@@ -133,7 +150,7 @@ def read_recipe(path: str, overrides: list[str]) -> AutoencoderRecipe | Diffusio
         known = [str(found) for found in folder.glob("*.yaml")]
         raise InputError(f"recipe {path!r} does not exist; {nearest(path, known)}", exit_code=2)
     try:
-        values = yaml.safe_load(file.read_text())
+        values = _plain(file.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"recipe {path!r} is not YAML: {error}", exit_code=2) from None
     if not isinstance(values, dict):
@@ -155,7 +172,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             raise InputError(f"override {override!r}: {part!r} is a value, not a section", exit_code=2)
         node = child
     try:
-        node[last] = yaml.safe_load(text)
+        node[last] = _plain(text)
     except yaml.YAMLError as error:
         raise InputError(f"override {override!r}: {error}", exit_code=2) from None
 

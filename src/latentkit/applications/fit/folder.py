@@ -63,7 +63,7 @@ def fit(
     name = name or model_name(Path(folder).expanduser().resolve().name)
     run = Path(run) if run is not None else Path("runs") / name
     if run.resolve().is_relative_to(Path(folder).expanduser().resolve()):
-        raise InputError(f"the run {run} would lie among the pictures of {folder}; name another place with --run")
+        raise InputError(f"the run {run} would lie among the pictures of {folder}; name another place with --into")
     plan = load(run)
     source = open_source(folder)
     say(report.describe(report.inspect(source)))

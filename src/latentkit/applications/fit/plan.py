@@ -150,7 +150,7 @@ def compare(run: Path, plan: FitPlan, asked: Asked) -> None:
             lines.append("  data: the pictures or their captions have changed")
         raise InputError(
             f"{run} was planned for something else (plan -> asked for):\n" + "\n".join(lines) + "\n"
-            "Ask for the same again to go on, or name another run with --name or --run. Nothing was changed."
+            "Ask for the same again to go on, or name another run with --name or --into. Nothing was changed."
         )
 
 
