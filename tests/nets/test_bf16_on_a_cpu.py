@@ -1,9 +1,10 @@
-"""The paths that bfloat16 takes on a CPU: the same values and gradients as the plain operations in float64."""
+"""The ways that bfloat16 goes on a CPU: the same values and gradients as the plain operations in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from latentkit.nets import attention, layers
 
@@ -70,6 +71,12 @@ def test_norm_keeps_nothing_but_its_input() -> None:
     assert {tensor.data_ptr() for tensor in large} == {x.data_ptr()}
 
 
+@pytest.mark.parametrize("side", [1, 8])
+def test_norm_of_a_picture_with_its_channels_first_is_the_plain_one(side: int) -> None:
+    module, x = norm(64), random(2, 64, side, side).bfloat16()
+    assert torch.equal(layers.normalised(module, x), F.silu(module(x)))
+
+
 @pytest.mark.parametrize("modulated", [True, False])
 def test_float32_goes_through_the_plain_operations(modulated: bool) -> None:
     module, x = norm(64), random(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
@@ -79,8 +86,12 @@ def test_float32_goes_through_the_plain_operations(modulated: bool) -> None:
     assert torch.equal(layers.normalised(module, x, (scale, shift) if modulated else None), F.silu(plain))
 
 
+@pytest.mark.parametrize("portion", [1, 1 << 19])
 @pytest.mark.parametrize("masked", [True, False])
-def test_attention_has_the_values_and_gradients_of_float64(masked: bool) -> None:
+def test_attention_has_the_values_and_gradients_of_float64(
+    masked: bool, portion: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "PORTION", portion)
     q, k, v = (random(2, 4, n, 32).bfloat16().requires_grad_() for n in (50, 20, 21))
     v = v[:, :, 1:]
     mask = random(2, 20) > 0 if masked else None
@@ -93,7 +104,21 @@ def test_attention_has_the_values_and_gradients_of_float64(masked: bool) -> None
     assert all(apart(a, b.double()) < 2e-2 for a, b in zip(found, true, strict=True))
 
 
-def test_only_small_scores_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_keeps_no_scores() -> None:
+    kept: list[int] = []
+    q = random(1, 2, 64, 8).bfloat16().requires_grad_()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        attention.attend(q, q, q)
+    assert kept == [q.numel()] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_attention_and_float32_go_through_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[int] = []
     kernel = F.scaled_dot_product_attention
 
@@ -102,7 +127,39 @@ def test_only_small_scores_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
         return kernel(q, *rest, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    for n in (512, 513):
-        x = random(1, 1, n, 8).bfloat16()
-        attention.attend(x, x, x)
-    assert called == [513]
+    for n in (1 << 9, (1 << 9) + 1):
+        attention.attend(random(1, 1, n, 8).to(dtype), *(random(1, 1, 1 << 10, 8).to(dtype) for _ in range(2)))
+    assert called == ([512, 513] if dtype == torch.float32 else [513])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 16), (17, 23)])
+@pytest.mark.parametrize("odd", [True, False])
+def test_upsampling_is_repetition_and_convolution(size: tuple[int, int], odd: bool) -> None:
+    module, x = layers.Upsample(8).bfloat16(), random(2, 8, *size).bfloat16().requires_grad_()
+    wanted = (2 * size[0] - odd, 2 * size[1])
+    exact = F.interpolate(x.double(), wanted, mode="nearest")
+    exact = F.conv2d(exact, module.conv.weight.double(), module.conv.bias.double(), padding=1)  # type: ignore[union-attr]
+    ours = module(x, wanted) if odd else module(x)
+    assert ours.shape == exact.shape
+    assert apart(ours, exact) < 1e-2
+    by, slope = [x, *module.parameters()], random(*exact.shape).bfloat16()
+    found, true = torch.autograd.grad(ours, by, slope), torch.autograd.grad(exact, by, slope.double())
+    assert all(apart(a, b.double()) < 1e-2 for a, b in zip(found, true, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_upsampling_of_large_pictures_multiplies_less(dtype: torch.dtype) -> None:
+    def operations(side: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            layers.Upsample(8).to(dtype)(random(1, 8, side, side).to(dtype))
+        return counter.get_total_flops()
+
+    assert operations(15) == 2 * 8 * 8 * 9 * 30 * 30
+    assert operations(16) == 2 * 8 * 8 * (9 * 32 * 32 if dtype == torch.float32 else 16 * 16 * 16)
+
+
+def test_only_bfloat16_on_a_cpu_is_laid_out_anew() -> None:
+    x = random(2, 8, 4, 4)
+    assert layers.laid_out(x) is x
+    assert layers.laid_out(x.bfloat16()).is_contiguous(memory_format=torch.channels_last)
+    assert not layers.laid_out(x.bfloat16().to("meta")).is_contiguous(memory_format=torch.channels_last)

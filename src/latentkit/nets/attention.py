@@ -1,28 +1,83 @@
 """Attention: over pixels within a picture and from pixels to context tokens."""
 
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentkit.nets.layers import group_norm, normalised, zeroed
+from latentkit.nets.layers import bf16_on_cpu, group_norm, normalised, zeroed
 
-MOST_SCORES = 1 << 18
-"""Queries times keys of a head, up to which `attend` multiplies matrices: what is kept for the way back stays small."""
+MOST_SCORES = 1 << 19
+"""Queries times keys of a head, up to which matrix products are the faster attention in bfloat16 on a CPU."""
+PORTION = 1 << 19
+"""Scores that `_MatrixAttention` works on at a time."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: `b h n d`, `b h m d`, `b h m d -> b h n d`; `mask` is boolean `b m`.
-
-    In bfloat16 on a CPU as plain matrix products: torch's kernel takes 2 to 7 times as long there on the way back.
-    """
+    """softmax(q k^T / sqrt(d)) v: `b h n d`, `b h m d`, `b h m d -> b h n d`; `mask` is boolean `b m`."""
     allowed = None if mask is None else mask[:, None, None, :]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] > MOST_SCORES:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
-    scores = (q * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    if bf16_on_cpu(q) and q.shape[2] * k.shape[2] <= MOST_SCORES:
+        return _MatrixAttention.apply(q, k, v, allowed)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+class _MatrixAttention(torch.autograd.Function):
+    """Attention of bfloat16 `b h n d` on a CPU as matrix products, some pictures at a time.
+
+    torch's own kernel takes two to six times as long there with its way back. As there, the scores are computed again
+    on the way back, so that only q, k and v are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+        """`allowed` is boolean `b 1 1 m`."""
+        ctx.save_for_backward(q, k, v, allowed)
+        y = _unwritten(q)
+        for q_, k_, v_, y_, allowed_ in _portions(q, k, v, y, allowed=allowed):
+            y_.copy_(_weights(q_ * q.shape[3] ** -0.5, k_, allowed_).to(v_.dtype) @ v_)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by q, k and v (Dao et al. 2022, appendix B.2)."""
+        q, k, v, allowed = ctx.saved_tensors
+        by_q, by_k, by_v = (_unwritten(part) for part in (q, k, v))
+        scale = q.shape[3] ** -0.5
+        inputs = q, k, v, gradient, by_q, by_k, by_v
+        for q_, k_, v_, slope, by_q_, by_k_, by_v_, allowed_ in _portions(*inputs, allowed=allowed):
+            scaled = q_ * scale
+            weights = _weights(scaled, k_, allowed_)
+            by_v_.copy_(weights.to(v_.dtype).transpose(2, 3) @ slope)
+            by_weights = (slope @ v_.transpose(2, 3)).float()
+            by_scores = torch._softmax_backward_data(by_weights, weights, -1, torch.float32).to(q_.dtype)
+            torch.mul(by_scores @ k_, scale, out=by_q_)
+            by_k_.copy_(by_scores.transpose(2, 3) @ scaled)
+        return by_q, by_k, by_v, None
+
+
+def _unwritten(like: Tensor) -> Tensor:
+    """Memory for `b h n d`, laid out as `b n h d`."""
+    return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _portions(*tensors: Tensor, allowed: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Some rows of each tensor at a time, those of q and k first, and of `allowed` last."""
+    q, k = tensors[:2]
+    rows = max(1, PORTION // (q.shape[1] * q.shape[2] * k.shape[2]))
+    masks = itertools.repeat(None) if allowed is None else allowed.split(rows)
+    return zip(*(tensor.split(rows) for tensor in tensors), masks)
+
+
+def _weights(scaled: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+    """What each query takes of each key, `b h n m` float32."""
+    scores = scaled @ k.transpose(2, 3)
     if allowed is not None:
         scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores.softmax(-1) @ v
+    return scores.softmax(-1, dtype=torch.float32)
 
 
 class Attention(nn.Module):

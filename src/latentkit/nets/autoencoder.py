@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latentkit.errors import InputError
 from latentkit.nets.attention import PixelAttention
 from latentkit.nets.bottleneck import Posterior, posterior
-from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm, normalised
+from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm, laid_out, normalised
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Encoder(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
-        h = self.conv_in(F.pixel_unshuffle(pixels, self.stem) if self.stem > 1 else pixels)
+        h = self.conv_in(laid_out(F.pixel_unshuffle(pixels, self.stem) if self.stem > 1 else pixels))
         for level in self.levels:
             h = level(h)
         return self.conv_out(normalised(self.norm_out, self.middle(h)))
@@ -128,7 +128,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """See the class."""
-        h = self.middle(self.conv_in(z))
+        h = self.middle(self.conv_in(laid_out(z)))
         for level in self.levels:
             h = level(h)
         h = self.conv_out(normalised(self.norm_out, h))

@@ -17,6 +17,16 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
 
 
+def bf16_on_cpu(x: Tensor) -> bool:
+    """Whether `x` goes the ways that are faster for bfloat16 on a CPU; all else goes the plain one, bit by bit."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """`x` as convolutions are fastest on it: channels last in bfloat16 on a CPU, elsewhere as it came."""
+    return x.contiguous(memory_format=torch.channels_last) if bf16_on_cpu(x) else x
+
+
 def zeroed(module: nn.Module) -> nn.Module:
     """`module` with its parameters at zero: a residual branch that starts as nothing."""
     for parameter in module.parameters():
@@ -29,7 +39,7 @@ def normalised(
 ) -> Tensor:
     """`norm`, then scale and shift of `modulation` (`b c` each, scale around 0), then SiLU: `b c h w -> b c h w`."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16 and channels_last:
+    if bf16_on_cpu(x) and channels_last:
         weight, bias = (part.float().expand(len(x), -1) for part in (norm.weight, norm.bias))
         if modulation is not None:
             scale, shift = (part.float() for part in modulation)
@@ -160,8 +170,16 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
+MERGED_CELLS = 256
+"""Cells of a picture from which on a merged upsampling is the faster one in bfloat16 on a CPU."""
+
+
 class Upsample(nn.Module):
-    """Double height and width: nearest neighbour, then a 3x3 convolution."""
+    """Double height and width: nearest neighbour, then a 3x3 convolution.
+
+    Each 2x2 pixels of the doubled picture are one, so that a transposed 4x4 convolution does the same with 4/9 of the
+    multiplications.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -169,8 +187,17 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`b c h w -> b c 2h 2w`, or to `size` where the level below it was odd."""
-        h, w = size or (2 * x.shape[2], 2 * x.shape[3])
-        return self.conv(F.interpolate(x, (h, w), mode="nearest"))
+        h, w = x.shape[2:]
+        if bf16_on_cpu(x) and h * w >= MERGED_CELLS and size in (None, (2 * h, 2 * w)):
+            kernel = _merged(_merged(self.conv.weight.float(), 2), 3).transpose(0, 1).to(self.conv.weight.dtype)
+            return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+        return self.conv(F.interpolate(x, size or (2 * h, 2 * w), mode="nearest"))
+
+
+def _merged(kernel: Tensor, dim: int) -> Tensor:
+    """Three taps on doubled pixels as four on the pixels themselves."""
+    before, middle, after = kernel.unbind(dim)
+    return torch.stack([after, middle + after, before + middle, before], dim)
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:

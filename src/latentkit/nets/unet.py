@@ -18,6 +18,7 @@ from latentkit.nets.layers import (
     ResidualBlock,
     Upsample,
     group_norm,
+    laid_out,
     normalised,
     sinusoids,
     zeroed,
@@ -193,7 +194,7 @@ class UNet(nn.Module):
         if self.vector_embedding is not None:
             embedding = embedding + self.vector_embedding(vector)
         embedding = F.silu(embedding)
-        h = self.conv_in(x)
+        h = self.conv_in(laid_out(x))
         skips = [h]
         for down in cast(Iterable[DownLevel], self.down):
             for block in down.blocks:
