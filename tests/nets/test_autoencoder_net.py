@@ -8,7 +8,7 @@ from peer import randomise
 
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
-from latentkit.nets.bottleneck import Posterior, posterior
+from latentkit.nets.bottleneck import Codebook, Posterior, posterior
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -76,6 +76,9 @@ def test_posterior_samples_and_their_divergence() -> None:
         ({"stem": 3}, "stem is 3; allowed are 1, 2, 4, 8, 16 and 32"),
         ({"multipliers": ()}, r"multipliers are \(\); give one of at least 1 per level"),
         ({"multipliers": (1, 0)}, r"multipliers are \(1, 0\)"),
+        ({"attention_levels": 5}, "attention_levels is 5; it has 4 levels"),
+        ({"attention_levels": -1}, "attention_levels is -1"),
+        ({"codes": 0}, "codes is 0; give at least 1"),
         ({"latent_channels": 0}, "latent_channels is 0; it must be at least 1"),
     ],
 )
@@ -89,3 +92,26 @@ def test_pictures_that_do_not_fit_are_refused(shape: tuple[int, ...]) -> None:
     network = Autoencoder(AutoencoderConfig(channels=16, multipliers=(1, 2), blocks=1, stem=2))
     with pytest.raises(InputError, match=rf"got pictures of {shape[1]} channels, {shape[3]}x{shape[2]} px; it takes 3"):
         network.encode(torch.zeros(shape))
+
+
+@torch.no_grad()
+def test_a_codebook_takes_the_nearest_code_of_each_cell() -> None:
+    book = Codebook(50, 3)
+    book.ROWS = 7  # several portions
+    randomise(book, 1)
+    z = torch.randn(2, 3, 5, 4)
+    expected = torch.cdist(z.movedim(1, -1).reshape(-1, 3), book.vectors).argmin(1).view(2, 5, 4)
+    assert torch.equal(book.nearest(z), expected)
+    assert torch.equal(book(z)[1, :, 4, 2], book.vectors[expected[1, 4, 2]])
+    assert torch.equal(book.bfloat16().nearest(book(z)), book.nearest(z))
+
+
+@torch.no_grad()
+def test_latents_before_a_codebook_are_certain_and_are_rounded_on_the_way_back() -> None:
+    network = Autoencoder(AutoencoderConfig(channels=16, multipliers=(1, 2), blocks=1, codes=20, latent_channels=3))
+    randomise(network, 1)
+    found = network.encode(torch.randn(1, 3, 8, 8))
+    assert found.mean.shape == (1, 3, 4, 4)
+    torch.testing.assert_close(found.sample(torch.randn(found.mean.shape)), found.mean, atol=1e-5, rtol=0)
+    assert network.codebook is not None
+    assert torch.equal(network.decode(found.mean), network.decode(network.codebook(found.mean)))

@@ -8,6 +8,7 @@ import torch
 from peer import randomise
 
 from latentkit.errors import InputError
+from latentkit.nets.attention import TransformerBlock
 from latentkit.nets.layers import sinusoids
 from latentkit.nets.unet import UNet, UNetConfig
 
@@ -130,6 +131,11 @@ def test_timestep_waves_are_cosines_then_sines() -> None:
         ({"heads": None, "head_width": 24}, "cannot be split by head_width=24"),
         ({"heads": 7, "depth": (0, 0), "middle_depth": 1}, "level of width 64 cannot be split by heads=7"),
         ({"channels": 0}, "channels is 0; it must be at least 1"),
+        ({"plain_attention": True}, "plain attention takes no context"),
+        ({"plain_attention": True, "context_width": None, "depth": (0, 2)}, "plain attention takes no context and a"),
+        ({"context_width": None, "cross_only": 1}, "cross_only is 1, but there is no context"),
+        ({"classes": 3}, "classes=3 and vector_width=10; give one of them"),
+        ({"classes": 0, "vector_width": None}, "classes=0 and vector_width=None"),
         ({"blocks": 0}, "blocks is 0; it must be at least 1"),
     ],
 )
@@ -158,3 +164,34 @@ def test_a_slot_that_the_network_lacks_is_refused() -> None:
     with pytest.raises(InputError, match="context slot of width None; it was given one of width 12"):
         network(**given)
     assert network(given["x"], given["timestep"]).shape == given["x"].shape
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 7), (1, 2)])
+@torch.no_grad()
+def test_residual_resampling_works_at_any_size(height: int, width: int) -> None:
+    network = UNet(replace(CONFIG, multipliers=(1, 2, 2), depth=(0, 0, 1), residual_resampling=True))
+    randomise(network, 1)
+    assert network(**inputs(2, height, width)).shape == (2, 4, height, width)
+
+
+@torch.no_grad()
+def test_the_class_number_reaches_the_output_and_is_checked() -> None:
+    network = UNet(replace(CONFIG, vector_width=None, classes=400))
+    randomise(network, 1)
+    given = inputs()
+    answers = [network(**{**given, "vector": torch.full((2, 1), number)}) for number in (349.0, 350.0)]
+    assert (answers[0] - answers[1]).abs().max() > 1e-3
+    with pytest.raises(InputError, match="vector slot of width 1; it was given one of width 10"):
+        network(**given)
+
+
+@torch.no_grad()
+def test_a_block_that_only_looks_at_the_context_does_not_mix_pixels() -> None:
+    x, context = torch.randn(1, 6, 32), torch.randn(1, 5, 12)
+    other = torch.cat([torch.randn(1, 1, 32), x[:, 1:]], 1)
+    moved = []
+    for cross_only in (False, True):
+        block = TransformerBlock(32, 4, 12, cross_only=cross_only)
+        randomise(block, 1)
+        moved.append((block(x, context, None) - block(other, context, None))[:, 1:].abs().max())
+    assert moved[0] > 1e-3 > 1e-5 > moved[1]

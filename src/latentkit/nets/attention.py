@@ -17,8 +17,13 @@ PORTION = 1 << 19
 """Scores that `_MatrixAttention` works on at a time."""
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v: `b h n d`, `b h m d`, `b h m d -> b h n d`; `mask` is boolean `b m`."""
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v: `b h n d`, `b h m d`, `b h m d -> b h n d`; `mask` is boolean `b m`.
+
+    With `causal` (and no mask) a query sees the keys up to its own place.
+    """
+    if causal:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     allowed = None if mask is None else mask[:, None, None, :]
     if bf16_on_cpu(q) and q.shape[2] * k.shape[2] <= MOST_SCORES:
         return _MatrixAttention.apply(q, k, v, allowed)
@@ -103,13 +108,15 @@ class Attention(nn.Module):
         self.v = nn.Linear(context_width or width, inner, bias=qkv_bias)
         self.out = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`mask` is boolean `b m`, True where a context token counts."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, *, causal: bool = False
+    ) -> Tensor:
+        """`mask` is boolean `b m`, True where a context token counts; `causal` as in `attend`."""
         source = x if context is None else context
         q, k, v = (
             rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (self.q(x), self.k(source), self.v(source))
         )
-        return self.out(rearrange(attend(q, k, v, mask), "b h n d -> b n (h d)"))
+        return self.out(rearrange(attend(q, k, v, mask, causal=causal), "b h n d -> b n (h d)"))
 
 
 class FeedForward(nn.Module):
@@ -129,13 +136,15 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention, feed-forward, each on a LayerNorm and added: `b n d -> b n d`.
 
-    Without a context width the second attention is a self-attention too, as in the released code.
+    Without a context width the second attention is a self-attention too, as in the released code; with `cross_only`
+    the first one looks at the context too (the x4 upscaler).
     """
 
-    def __init__(self, width: int, heads: int, context_width: int | None) -> None:
+    def __init__(self, width: int, heads: int, context_width: int | None, *, cross_only: bool = False) -> None:
         super().__init__()
+        self.cross_only = cross_only
         self.norm_self = nn.LayerNorm(width)
-        self.self_attention = Attention(width, heads)
+        self.self_attention = Attention(width, heads, context_width if cross_only else None)
         self.norm_cross = nn.LayerNorm(width)
         self.cross_attention = Attention(width, heads, context_width)
         self.norm_feed = nn.LayerNorm(width)
@@ -143,7 +152,10 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """`context` is `b m d_context` or None."""
-        x = x + self.self_attention(self.norm_self(x))
+        if self.cross_only:
+            x = x + self.self_attention(self.norm_self(x), context, mask)
+        else:
+            x = x + self.self_attention(self.norm_self(x))
         x = x + self.cross_attention(self.norm_cross(x), context, mask)
         return x + self.feed_forward(self.norm_feed(x))
 
@@ -156,13 +168,22 @@ class SpatialTransformer(nn.Module):
     """
 
     def __init__(
-        self, channels: int, heads: int, depth: int, context_width: int | None = None, *, linear: bool = True
+        self,
+        channels: int,
+        heads: int,
+        depth: int,
+        context_width: int | None = None,
+        *,
+        linear: bool = True,
+        cross_only: bool = False,
     ) -> None:
         super().__init__()
         self.norm = group_norm(channels, 1e-6)
         self.linear = linear
         self.project_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(channels, heads, context_width, cross_only=cross_only) for _ in range(depth)
+        )
         self.project_out = zeroed(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -182,12 +203,15 @@ class SpatialTransformer(nn.Module):
 
 
 class PixelAttention(nn.Module):
-    """One single-head self-attention over pixels, the autoencoder's middle: `b c h w -> b c h w`."""
+    """One self-attention over pixels, added to its input: `b c h w -> b c h w`.
 
-    def __init__(self, channels: int) -> None:
+    The autoencoders' (one head, eps 1e-6), and that of the 2021 U-Nets without tokens (eps 1e-5).
+    """
+
+    def __init__(self, channels: int, heads: int = 1, eps: float = 1e-6) -> None:
         super().__init__()
-        self.norm = group_norm(channels, 1e-6)
-        self.attention = Attention(channels, 1, qkv_bias=True)
+        self.norm = group_norm(channels, eps)
+        self.attention = Attention(channels, heads, qkv_bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Added to the input."""

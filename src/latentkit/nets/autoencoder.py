@@ -1,5 +1,6 @@
 """The bare autoencoder of the first stage: pixels to raw latents and back."""
 
+import itertools
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from latentkit.errors import InputError
 from latentkit.nets.attention import PixelAttention
-from latentkit.nets.bottleneck import Posterior, posterior
+from latentkit.nets.bottleneck import Codebook, Posterior, certain, posterior
 from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm, laid_out, normalised
 
 
@@ -30,6 +31,10 @@ class AutoencoderConfig:
     """Pixels per side that are folded into channels before the first convolution (pixel unshuffle)."""
     attention: bool = True
     """One attention over pixels in the middle."""
+    attention_levels: int = 0
+    """Last levels that have an attention over pixels after each residual block, too."""
+    codes: int | None = None
+    """Entries of the codebook that latents are rounded to before they are decoded; None: the KL bottleneck."""
 
     def __post_init__(self) -> None:
         for name in ("picture_channels", "latent_channels", "channels", "blocks"):
@@ -39,11 +44,22 @@ class AutoencoderConfig:
             raise InputError(f"autoencoder multipliers are {self.multipliers}; give one of at least 1 per level")
         if self.stem not in (1, 2, 4, 8, 16, 32):
             raise InputError(f"autoencoder stem is {self.stem}; allowed are 1, 2, 4, 8, 16 and 32")
+        if not 0 <= self.attention_levels <= len(self.multipliers):
+            raise InputError(
+                f"autoencoder attention_levels is {self.attention_levels}; it has {len(self.multipliers)} levels"
+            )
+        if self.codes is not None and self.codes < 1:
+            raise InputError(f"autoencoder codes is {self.codes}; give at least 1, or none for the KL bottleneck")
 
     @property
     def downsampling(self) -> int:
         """Pixels per latent cell, per side."""
         return int(self.stem * 2 ** (len(self.multipliers) - 1))
+
+    @property
+    def encoded_channels(self) -> int:
+        """Channels that the encoder ends in: mean and log-variance, or what a codebook rounds."""
+        return self.latent_channels if self.codes else 2 * self.latent_channels
 
 
 def _block(c_in: int, c_out: int) -> ResidualBlock:
@@ -53,15 +69,18 @@ def _block(c_in: int, c_out: int) -> ResidualBlock:
 class Level(nn.Module):
     """One resolution: its residual blocks and the step to the next (down in the encoder, up in the decoder)."""
 
-    def __init__(self, blocks: list[ResidualBlock], resample: nn.Module | None) -> None:
+    def __init__(self, widths: list[int], attention: bool, resample: nn.Module | None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(_block(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
+        self.attentions = nn.ModuleList(PixelAttention(width) for width in widths[1:] if attention)
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c_in h w -> b c_out h' w'`."""
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
             x = block(x)
+            if self.attentions:
+                x = self.attentions[index](x)
         return x if self.resample is None else self.resample(x)
 
 
@@ -81,7 +100,7 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to moments before the last 1x1 convolution: `b c h w -> b 2z h/f w/f`."""
+    """Pixels to what the last 1x1 convolution takes: `b c h w -> b 2z h/f w/f` (a codebook's: `b z h/f w/f`)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -90,14 +109,16 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(config.picture_channels * config.stem**2, width, 3, padding=1)
         widths = [width * multiplier for multiplier in config.multipliers]
         levels, current = [], width
+        last = len(widths) - 1
         for index, out in enumerate(widths):
-            blocks = [_block(current if i == 0 else out, out) for i in range(config.blocks)]
-            levels.append(Level(blocks, Downsample(out, asymmetric=True) if index < len(widths) - 1 else None))
+            attention = index > last - config.attention_levels
+            step = Downsample(out, asymmetric=True) if index < last else None
+            levels.append(Level([current] + [out] * config.blocks, attention, step))
             current = out
         self.levels = nn.ModuleList(levels)
         self.middle = Middle(current, config.attention)
         self.norm_out = group_norm(current, 1e-6)
-        self.conv_out = nn.Conv2d(current, 2 * config.latent_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(current, config.encoded_channels, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """See the class."""
@@ -119,8 +140,8 @@ class Decoder(nn.Module):
         self.middle = Middle(current, config.attention)
         levels = []
         for index, out in enumerate(widths):
-            blocks = [_block(current if i == 0 else out, out) for i in range(config.blocks + 1)]
-            levels.append(Level(blocks, Upsample(out) if index < len(widths) - 1 else None))
+            step = Upsample(out) if index < len(widths) - 1 else None
+            levels.append(Level([current] + [out] * (config.blocks + 1), index < config.attention_levels, step))
             current = out
         self.levels = nn.ModuleList(levels)
         self.norm_out = group_norm(current, 1e-6)
@@ -136,27 +157,35 @@ class Decoder(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Encoder, KL bottleneck, decoder (Rombach et al. 2022, section 3.1 and appendix G)."""
+    """Encoder, bottleneck, decoder (Rombach et al. 2022, section 3.1 and appendix G).
+
+    With a codebook the latents are what comes before rounding, and `decode` rounds (section 3.1, VQ-reg).
+    """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
         z = config.latent_channels
         self.encoder = Encoder(config)
-        self.to_moments = nn.Conv2d(2 * z, 2 * z, 1)
+        self.to_moments = nn.Conv2d(config.encoded_channels, config.encoded_channels, 1)
+        self.codebook = Codebook(config.codes, z) if config.codes else None
         self.from_latent = nn.Conv2d(z, z, 1)
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Float[Tensor, "b c h w"]) -> Posterior:
-        """Pixels in [-1, 1] to the posterior over raw latents; height and width multiples of the downsampling."""
+        """Pixels in [-1, 1] to the posterior over raw latents; height and width multiples of the downsampling.
+
+        Latents before a codebook are certain.
+        """
         factor, channels = self.config.downsampling, self.config.picture_channels
         if pixels.shape[1] != channels or pixels.shape[2] % factor or pixels.shape[3] % factor:
             raise InputError(
                 f"the autoencoder got pictures of {pixels.shape[1]} channels, {pixels.shape[3]}x{pixels.shape[2]} px; "
                 f"it takes {channels} channels and sides that are multiples of {factor}"
             )
-        return posterior(self.to_moments(self.encoder(pixels)))
+        moments = self.to_moments(self.encoder(pixels))
+        return posterior(moments) if self.codebook is None else certain(moments)
 
     def decode(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c hp wp"]:
         """Raw latents to pixels, about [-1, 1], not clamped."""
-        return self.decoder(self.from_latent(z))
+        return self.decoder(self.from_latent(z if self.codebook is None else self.codebook(z)))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -117,7 +117,8 @@ def _group_mean(values: Tensor, groups: int) -> Tensor:
 class ResidualBlock(nn.Module):
     """norm, SiLU, conv, twice, with the embedding added (or as scale and shift) between: `b c_in h w -> b c_out h w`.
 
-    `embedding_width` None makes it the autoencoder's block (no embedding). Source: Dhariwal & Nichol 2021, B.
+    `embedding_width` None makes it the autoencoder's block (no embedding). `resample` "down" halves height and width
+    between norm and convolution, "up" doubles them. Source: Dhariwal & Nichol 2021, B.
     """
 
     def __init__(
@@ -129,9 +130,11 @@ class ResidualBlock(nn.Module):
         scale_shift: bool = False,
         dropout: float = 0.0,
         eps: float = 1e-5,
+        resample: Literal["down", "up"] | None = None,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
+        self.resample = resample
         self.norm_in = group_norm(c_in, eps)
         self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
         if embedding_width is not None:
@@ -141,9 +144,12 @@ class ResidualBlock(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip: nn.Module = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, embedding: Tensor | None = None) -> Tensor:
-        """`embedding` is `b d`, already through SiLU."""
-        h = self.conv_in(normalised(self.norm_in, x))
+    def forward(self, x: Tensor, embedding: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """`embedding` is `b d`, already through SiLU; `size` is what "up" gives where the level below it was odd."""
+        h = normalised(self.norm_in, x)
+        if self.resample is not None:
+            h, x = _resampled(h, self.resample, size), _resampled(x, self.resample, size)
+        h = self.conv_in(h)
         if embedding is None:
             h = normalised(self.norm_out, h)
         elif self.scale_shift:
@@ -152,6 +158,14 @@ class ResidualBlock(nn.Module):
         else:
             h = normalised(self.norm_out, h + self.embedding(embedding)[:, :, None, None])
         return torch.add(self.skip(x), self.conv_out(self.dropout(h)))
+
+
+def _resampled(x: Tensor, direction: str, size: tuple[int, int] | None) -> Tensor:
+    """Means of 2x2 pixels (fewer at an odd edge), or each pixel four times."""
+    if direction == "down":
+        return F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    h, w = x.shape[2:]
+    return F.interpolate(x, size or (2 * h, 2 * w), mode="nearest")
 
 
 class Downsample(nn.Module):

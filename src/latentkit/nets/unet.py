@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from latentkit.errors import InputError
-from latentkit.nets.attention import SpatialTransformer
+from latentkit.nets.attention import PixelAttention, SpatialTransformer
 from latentkit.nets.layers import (
     Downsample,
     EmbeddingMLP,
@@ -55,6 +55,14 @@ class UNetConfig:
     """The embedding scales and shifts (AdaGN) instead of being added."""
     embedding_width: int | None = None
     """Width of the time embedding; None: 4 times `channels`."""
+    plain_attention: bool = False
+    """One self-attention over pixels in place of transformers (`depth` 0 or 1): the 2021 models without tokens."""
+    residual_resampling: bool = False
+    """Residual blocks, not single convolutions, make the steps between levels."""
+    cross_only: int = 0
+    """Levels, from the first, whose transformers look twice at the context and never at the picture (x4 upscaler)."""
+    classes: int | None = None
+    """Rows of a table that the vector slot, one number, chooses from (the x4 upscaler's level of noise)."""
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -68,6 +76,15 @@ class UNetConfig:
             )
         if (self.heads is None) == (self.head_width is None):
             raise InputError(f"U-Net has heads={self.heads} and head_width={self.head_width}; give exactly one of them")
+        if self.plain_attention and (self.context_width or max(*self.depth, self.middle_depth) > 1):
+            raise InputError(
+                f"U-Net has plain attention, context_width={self.context_width}, depth {self.depth} and middle_depth="
+                f"{self.middle_depth}; plain attention takes no context and a depth of 0 or 1"
+            )
+        if self.cross_only and not self.context_width:
+            raise InputError(f"U-Net cross_only is {self.cross_only}, but there is no context; give context_width")
+        if self.classes is not None and (self.classes < 1 or self.vector_width):
+            raise InputError(f"U-Net has classes={self.classes} and vector_width={self.vector_width}; give one of them")
         name, divisor = ("heads", self.heads) if self.heads is not None else ("head_width", self.head_width)
         for multiplier, depth in zip((*self.multipliers, self.multipliers[-1]), (*self.depth, self.middle_depth)):
             width = self.channels * multiplier
@@ -80,31 +97,52 @@ class UNetConfig:
 
 
 class UNetBlock(nn.Module):
-    """A residual block and the transformer behind it, if any."""
+    """A residual block and the transformer or plain attention behind it, if any."""
 
-    def __init__(self, config: UNetConfig, c_in: int, c_out: int, embedding_width: int, depth: int) -> None:
+    def __init__(
+        self, config: UNetConfig, c_in: int, c_out: int, embedding_width: int, depth: int, *, cross_only: bool = False
+    ) -> None:
         super().__init__()
         self.residual = ResidualBlock(
             c_in, c_out, embedding_width, scale_shift=config.scale_shift, dropout=config.dropout
         )
-        self.transformer = _transformer(config, c_out, depth) if depth else None
+        heads = config.head_count(c_out)
+        plain = config.plain_attention
+        self.attention = PixelAttention(c_out, heads, eps=1e-5) if depth and plain else None
+        self.transformer = (
+            SpatialTransformer(
+                c_out, heads, depth, config.context_width, linear=config.linear_projection, cross_only=cross_only
+            )
+            if depth and not plain
+            else None
+        )
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
         """`b c_in h w -> b c_out h w`."""
         x = self.residual(x, embedding)
+        if self.attention is not None:
+            return self.attention(x)
         return x if self.transformer is None else self.transformer(x, context, mask)
 
 
-def _transformer(config: UNetConfig, width: int, depth: int) -> SpatialTransformer:
-    return SpatialTransformer(
-        width, config.head_count(width), depth, config.context_width, linear=config.linear_projection
-    )
+def _step(config: UNetConfig, width: int, embedding_width: int, direction: Literal["down", "up"]) -> nn.Module:
+    """From one resolution to the next."""
+    if config.residual_resampling:
+        return ResidualBlock(
+            width,
+            width,
+            embedding_width,
+            scale_shift=config.scale_shift,
+            dropout=config.dropout,
+            resample=direction,
+        )
+    return Downsample(width) if direction == "down" else Upsample(width)
 
 
 class DownLevel(nn.Module):
     """One resolution going down: its blocks, then the step to the next."""
 
-    def __init__(self, blocks: list[UNetBlock], downsample: Downsample | None) -> None:
+    def __init__(self, blocks: list[UNetBlock], downsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.downsample = downsample
@@ -113,14 +151,14 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """One resolution going up: its blocks (each takes a skip), then the step to the next."""
 
-    def __init__(self, blocks: list[UNetBlock], upsample: Upsample | None) -> None:
+    def __init__(self, blocks: list[UNetBlock], upsample: nn.Module | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.upsample = upsample
 
 
 class Middle(nn.Module):
-    """Residual block, transformer, residual block at the lowest resolution."""
+    """Residual block, attention, residual block at the lowest resolution."""
 
     def __init__(self, config: UNetConfig, width: int, embedding_width: int) -> None:
         super().__init__()
@@ -140,31 +178,34 @@ class UNet(nn.Module):
         embedding_width = config.embedding_width or 4 * width
         self.time_embedding = EmbeddingMLP(width, embedding_width)
         self.vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
+        self.class_embedding = nn.Embedding(config.classes, embedding_width) if config.classes else None
         self.conv_in = nn.Conv2d(config.channels_in, width, 3, padding=1)
         widths = [width * multiplier for multiplier in config.multipliers]
         last = len(widths) - 1
 
         current, skips, down = width, [width], []
         for level, (out, depth) in enumerate(zip(widths, config.depth)):
+            cross_only = level < config.cross_only
             blocks = []
             for _ in range(config.blocks):
-                blocks.append(UNetBlock(config, current, out, embedding_width, depth))
+                blocks.append(UNetBlock(config, current, out, embedding_width, depth, cross_only=cross_only))
                 current = out
                 skips.append(out)
             if level < last:
                 skips.append(out)
-            down.append(DownLevel(blocks, Downsample(out) if level < last else None))
+            down.append(DownLevel(blocks, _step(config, out, embedding_width, "down") if level < last else None))
         self.down = nn.ModuleList(down)
         self.middle = Middle(config, current, embedding_width)
         up = []
         for level in reversed(range(len(widths))):
+            cross_only = level < config.cross_only
+            out, depth = widths[level], config.depth[level]
             blocks = []
             for _ in range(config.blocks + 1):
-                blocks.append(
-                    UNetBlock(config, current + skips.pop(), widths[level], embedding_width, config.depth[level])
-                )
-                current = widths[level]
-            up.append(UpLevel(blocks, Upsample(current) if level > 0 else None))
+                c_in = current + skips.pop()
+                blocks.append(UNetBlock(config, c_in, out, embedding_width, depth, cross_only=cross_only))
+                current = out
+            up.append(UpLevel(blocks, _step(config, out, embedding_width, "up") if level > 0 else None))
         self.up = nn.ModuleList(up)
         self.norm_out = group_norm(width, 1e-5)
         self.conv_out = zeroed(nn.Conv2d(width, config.channels_out, 3, padding=1))
@@ -173,6 +214,16 @@ class UNet(nn.Module):
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
+
+    def _embed(self, timestep: Tensor, vector: Tensor | None) -> Tensor:
+        """What every residual block is told, `b d`, through SiLU."""
+        embedding = self.time_embedding(sinusoids(timestep, self.config.channels))
+        if self.vector_embedding is not None:
+            embedding = embedding + self.vector_embedding(vector)
+        if self.class_embedding is not None:
+            assert vector is not None
+            embedding = embedding + self.class_embedding(vector[:, 0].long())
+        return F.silu(embedding)
 
     def forward(
         self,
@@ -185,15 +236,12 @@ class UNet(nn.Module):
         """`context` is `b n d` with boolean `mask` `b n`, `vector` is `b v`; each given iff the config has its slot."""
         for name, given, width in (
             ("context", context, self.config.context_width),
-            ("vector", vector, self.config.vector_width),
+            ("vector", vector, 1 if self.config.classes else self.config.vector_width),
         ):
             got = None if given is None else given.shape[-1]
             if got != width:
                 raise InputError(f"this U-Net has a {name} slot of width {width}; it was given one of width {got}")
-        embedding = self.time_embedding(sinusoids(timestep, self.config.channels))
-        if self.vector_embedding is not None:
-            embedding = embedding + self.vector_embedding(vector)
-        embedding = F.silu(embedding)
+        embedding = self._embed(timestep, vector)
         h = self.conv_in(laid_out(x))
         skips = [h]
         for down in cast(Iterable[DownLevel], self.down):
@@ -201,7 +249,7 @@ class UNet(nn.Module):
                 h = self._run(block, h, embedding, context, mask)
                 skips.append(h)
             if down.downsample is not None:
-                h = down.downsample(h)
+                h = down.downsample(h, *((embedding,) if self.config.residual_resampling else ()))
                 skips.append(h)
         h = self._run(self.middle.block_in, h, embedding, context, mask)
         h = self._run(self.middle.block_out, h, embedding, context, mask)
@@ -209,5 +257,6 @@ class UNet(nn.Module):
             for block in up.blocks:
                 h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
             if up.upsample is not None:
-                h = up.upsample(h, (skips[-1].shape[2], skips[-1].shape[3]))
+                size = skips[-1].shape[2], skips[-1].shape[3]
+                h = up.upsample(h, embedding, size) if self.config.residual_resampling else up.upsample(h, size)
         return self.conv_out(normalised(self.norm_out, h))
