@@ -27,7 +27,7 @@ class Watched(nn.Module):
         self.conv_in = nn.Conv2d(1, 1, 1)
         self.given: list[Tensor] = []
 
-    def forward(self, x: Tensor, timestep: Tensor, *slots: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, timestep: Tensor, *slots: Tensor | None, perturbed: bool = False) -> Tensor:
         self.given = [x, timestep, *(slot for slot in slots if slot is not None)]
         return x[:, :4].tanh() + timestep.to(x.dtype)[:, None, None, None] / 1000
 

@@ -33,7 +33,11 @@ class Denoiser(nn.Module):
         self.prediction = PREDICTIONS[prediction]
 
     def network(
-        self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], conditioning: Conditioning
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+        conditioning: Conditioning,
+        perturbed: bool = False,
     ) -> Float[Tensor, "b c h w"]:
         """F at the noise levels `sigma` `b` (on the CPU), float32: what the training loss compares with the target."""
         timestep = torch.from_numpy(self.schedule.to_timestep(sigma.double().numpy())).to(x.device, torch.float32)
@@ -48,20 +52,25 @@ class Denoiser(nn.Module):
             None if context is None else context.to(dtype),
             None if vector is None else vector.to(dtype),
             conditioning.mask,
+            perturbed=perturbed,
         ).float()
 
     def forward(
-        self, x: Float[Tensor, "b c h w"], sigma: Float[Tensor, " b"], conditioning: Conditioning
+        self,
+        x: Float[Tensor, "b c h w"],
+        sigma: Float[Tensor, " b"],
+        conditioning: Conditioning,
+        perturbed: bool = False,
     ) -> Float[Tensor, "b c h w"]:
         """The estimate of x0."""
         rows = sigma.double()[:, None, None, None]
         skip, out = (f(rows).to(x.device, torch.float32) for f in (self.prediction.c_skip, self.prediction.c_out))
-        return skip * x + out * self.network(x, sigma, conditioning)
+        return skip * x + out * self.network(x, sigma, conditioning, perturbed)
 
-    def bind(self, conditioning: Conditioning) -> Denoise:
-        """The denoiser that samplers call, its conditioning fixed."""
+    def bind(self, conditioning: Conditioning, perturbed: bool = False) -> Denoise:
+        """The denoiser that samplers call, its conditioning fixed; `perturbed` as in `UNet`."""
 
         def denoise(x: Tensor, sigma: float) -> Denoised:
-            return Denoised(self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning))
+            return Denoised(self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed))
 
         return denoise

@@ -109,9 +109,20 @@ class Attention(nn.Module):
         self.out = nn.Linear(inner, width)
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, *, causal: bool = False
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        perturbed: bool = False,
     ) -> Tensor:
-        """`mask` is boolean `b m`, True where a context token counts; `causal` as in `attend`."""
+        """`mask` is boolean `b m`, True where a context token counts; `causal` as in `attend`.
+
+        `perturbed` gives each token its own value alone (the identity for an attention map: Ahn et al. 2024).
+        """
+        if perturbed:
+            return self.out(self.v(x))
         source = x if context is None else context
         q, k, v = (
             rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (self.q(x), self.k(source), self.v(source))
@@ -150,12 +161,12 @@ class TransformerBlock(nn.Module):
         self.norm_feed = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
-        """`context` is `b m d_context` or None."""
+    def forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None, perturbed: bool = False) -> Tensor:
+        """`context` is `b m d_context` or None; `perturbed` as in `Attention`, for the self-attention."""
         if self.cross_only:
             x = x + self.self_attention(self.norm_self(x), context, mask)
         else:
-            x = x + self.self_attention(self.norm_self(x))
+            x = x + self.self_attention(self.norm_self(x), perturbed=perturbed)
         x = x + self.cross_attention(self.norm_cross(x), context, mask)
         return x + self.feed_forward(self.norm_feed(x))
 
@@ -186,8 +197,10 @@ class SpatialTransformer(nn.Module):
         )
         self.project_out = zeroed(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """`context` is `b n d`."""
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, perturbed: bool = False
+    ) -> Tensor:
+        """`context` is `b n d`; `perturbed` as in `Attention`, for the self-attention."""
         h = normalised(self.norm, x, silu=False)
         if not self.linear:
             h = self.project_in(h)
@@ -195,7 +208,7 @@ class SpatialTransformer(nn.Module):
         if self.linear:
             tokens = self.project_in(tokens)
         for block in self.blocks:
-            tokens = block(tokens, context, mask)
+            tokens = block(tokens, context, mask, perturbed)
         if self.linear:
             tokens = self.project_out(tokens)
         h = rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
@@ -213,7 +226,8 @@ class PixelAttention(nn.Module):
         self.norm = group_norm(channels, eps)
         self.attention = Attention(channels, heads, qkv_bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Added to the input."""
-        tokens = self.attention(rearrange(normalised(self.norm, x, silu=False), "b c h w -> b (h w) c"))
+    def forward(self, x: Tensor, perturbed: bool = False) -> Tensor:
+        """Added to the input; `perturbed` as in `Attention`."""
+        tokens = rearrange(normalised(self.norm, x, silu=False), "b c h w -> b (h w) c")
+        tokens = self.attention(tokens, perturbed=perturbed)
         return x + rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])

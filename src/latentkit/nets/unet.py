@@ -117,12 +117,14 @@ class UNetBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, embedding: Tensor, context: Tensor | None, mask: Tensor | None, perturbed: bool = False
+    ) -> Tensor:
         """`b c_in h w -> b c_out h w`."""
         x = self.residual(x, embedding)
         if self.attention is not None:
-            return self.attention(x)
-        return x if self.transformer is None else self.transformer(x, context, mask)
+            return self.attention(x, perturbed)
+        return x if self.transformer is None else self.transformer(x, context, mask, perturbed)
 
 
 def _step(config: UNetConfig, width: int, embedding_width: int, direction: Literal["down", "up"]) -> nn.Module:
@@ -210,7 +212,7 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width, 1e-5)
         self.conv_out = zeroed(nn.Conv2d(width, config.channels_out, 3, padding=1))
 
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    def _run(self, block: nn.Module, *inputs: Tensor | bool | None) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
@@ -232,8 +234,12 @@ class UNet(nn.Module):
         context: Float[Tensor, "b n d"] | None = None,
         vector: Float[Tensor, "b v"] | None = None,
         mask: Tensor | None = None,
+        perturbed: bool = False,
     ) -> Float[Tensor, "b o h w"]:
-        """`context` is `b n d` with boolean `mask` `b n`, `vector` is `b v`; each given iff the config has its slot."""
+        """`context` is `b n d` with boolean `mask` `b n`, `vector` is `b v`; each given iff the config has its slot.
+
+        `perturbed` makes the middle's self-attention maps the identity (Ahn et al. 2024).
+        """
         for name, given, width in (
             ("context", context, self.config.context_width),
             ("vector", vector, 1 if self.config.classes else self.config.vector_width),
@@ -251,7 +257,7 @@ class UNet(nn.Module):
             if down.downsample is not None:
                 h = down.downsample(h, *((embedding,) if self.config.residual_resampling else ()))
                 skips.append(h)
-        h = self._run(self.middle.block_in, h, embedding, context, mask)
+        h = self._run(self.middle.block_in, h, embedding, context, mask, perturbed)
         h = self._run(self.middle.block_out, h, embedding, context, mask)
         for up in cast(Iterable[UpLevel], self.up):
             for block in up.blocks:
