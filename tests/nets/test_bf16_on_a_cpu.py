@@ -163,3 +163,13 @@ def test_only_bfloat16_on_a_cpu_is_laid_out_anew() -> None:
     assert layers.laid_out(x) is x
     assert layers.laid_out(x.bfloat16()).is_contiguous(memory_format=torch.channels_last)
     assert not layers.laid_out(x.bfloat16().to("meta")).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_feed_forward_without_gradients_is_that_with_them() -> None:
+    module, x = attention.FeedForward(32).bfloat16(), random(2, 7, 32).bfloat16()
+    exact = attention.FeedForward(32).double()
+    exact.load_state_dict(module.state_dict())
+    with torch.no_grad():
+        drawn = module(x)
+    assert apart(drawn, exact(x.double())) < 2e-2
+    assert apart(drawn, module(x).double()) < 1e-2

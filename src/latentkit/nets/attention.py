@@ -43,7 +43,7 @@ class _MatrixAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, allowed)
         y = _unwritten(q)
         for q_, k_, v_, y_, allowed_ in _portions(q, k, v, y, allowed=allowed):
-            y_.copy_(_weights(q_ * q.shape[3] ** -0.5, k_, allowed_).to(v_.dtype) @ v_)
+            y_.copy_(_scores(q_ * q.shape[3] ** -0.5, k_, allowed_).softmax(-1) @ v_)  # softmax is float32 inside
         return y
 
     @staticmethod
@@ -55,7 +55,7 @@ class _MatrixAttention(torch.autograd.Function):
         inputs = q, k, v, gradient, by_q, by_k, by_v
         for q_, k_, v_, slope, by_q_, by_k_, by_v_, allowed_ in _portions(*inputs, allowed=allowed):
             scaled = q_ * scale
-            weights = _weights(scaled, k_, allowed_)
+            weights = _scores(scaled, k_, allowed_).softmax(-1, dtype=torch.float32)
             by_v_.copy_(weights.to(v_.dtype).transpose(2, 3) @ slope)
             by_weights = (slope @ v_.transpose(2, 3)).float()
             by_scores = torch._softmax_backward_data(by_weights, weights, -1, torch.float32).to(q_.dtype)
@@ -77,12 +77,10 @@ def _portions(*tensors: Tensor, allowed: Tensor | None) -> Iterator[tuple[Any, .
     return zip(*(tensor.split(rows) for tensor in tensors), masks)
 
 
-def _weights(scaled: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
-    """What each query takes of each key, `b h n m` float32."""
+def _scores(scaled: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+    """What the softmax is taken of, `b h n m`."""
     scores = scaled @ k.transpose(2, 3)
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32)
+    return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
 
 
 class Attention(nn.Module):
@@ -140,6 +138,10 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The first half is the value, the second the gate."""
+        if bf16_on_cpu(x) and not torch.is_grad_enabled():
+            halves = zip(self.project.weight.chunk(2), self.project.bias.chunk(2))
+            (value, value_bias), (gate, gate_bias) = halves
+            return self.out(F.linear(x, value, value_bias).mul_(F.gelu(F.linear(x, gate, gate_bias))))
         value, gate = self.project(x).chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 
