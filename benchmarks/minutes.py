@@ -4,8 +4,8 @@
 
 Each stage is its committed recipe with `schedule.steps` cut to what fits: a short trial measures what a step and what
 all else costs, and the whole command (data, training, sheets, cached latents, writing the model) has to end within its
-minutes. FOLDER keeps the runs; a stage that is there already is not trained again. For comparison: diffusers' modules as a
-2.2-million-parameter autoencoder (7 minutes) and a 16.7-million-parameter U-Net (35 minutes) on two AVX-512 cores
+minutes. FOLDER keeps the runs; a stage that is there already is not trained again. For comparison: diffusers' modules
+as a 2.2-million-parameter autoencoder (7 minutes) and a 16.7-million-parameter U-Net (35 minutes) on two AVX-512 cores
 obeyed 1.9 % of 1,382 captions, 6.6 % within the first five.
 """
 
