@@ -4,7 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+PLAIN = ("vector", "concat")
+"""Slots whose rows all have one shape."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,24 @@ class Conditioning:
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """The rows of all `parts` one after another; all have the same slots."""
+        """The rows of all `parts` one after another; all have the same slots, masks apart.
+
+        Shorter contexts are padded with tokens that do not count.
+        """
         first = parts[0]
-        assert all(p._slots().keys() == first._slots().keys() for p in parts), "parts with different slots"
-        slots = {name: torch.cat([getattr(p, name) for p in parts]) for name in first._slots()}
-        return Conditioning(extras={name: torch.cat([p.extras[name] for p in parts]) for name in first.extras}, **slots)
+        given = [{**p._slots(), "mask": None}.keys() for p in parts]
+        assert all(slots == given[0] for slots in given), "parts with different slots"
+        slots = {name: torch.cat([getattr(p, name) for p in parts]) for name in first._slots() if name in PLAIN}
+        extras = {name: torch.cat([p.extras[name] for p in parts]) for name in first.extras}
+        contexts = [p.context for p in parts if p.context is not None]
+        if not contexts:
+            return Conditioning(extras=extras, **slots)
+        length = max(context.shape[1] for context in contexts)
+        context = torch.cat([F.pad(one, (0, 0, 0, length - one.shape[1])) for one in contexts])
+        mask = None
+        if any(p.mask is not None for p in parts) or any(one.shape[1] < length for one in contexts):
+            mask = torch.cat([F.pad(_mask(p), (0, length - _mask(p).shape[1])) for p in parts])
+        return Conditioning(context=context, mask=mask, extras=extras, **slots)
 
 
 def merge(parts: Sequence[Conditioning]) -> Conditioning:

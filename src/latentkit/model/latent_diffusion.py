@@ -1,5 +1,6 @@
 """LatentDiffusion: first stage, conditioners and denoiser as one module. No loops, no optimiser."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -8,14 +9,31 @@ from torch import nn
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.errors import InputError
 from latentkit.model.conditioners import Conditioner
+from latentkit.model.conditioners.bert import BertConditioner
+from latentkit.model.conditioners.clip import ClipConditioner, ClipConfig
+from latentkit.model.conditioners.image import ImageConditioner, ImageConfig
 from latentkit.model.conditioners.label import LabelConditioner, LabelConfig
+from latentkit.model.conditioners.numbers import NumbersConditioner, NumbersConfig
 from latentkit.model.conditioners.text import TextConditioner
 from latentkit.model.conditioning import Conditioning, merge
 from latentkit.model.denoiser import Denoiser, PredictionName
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig
-from latentkit.nets.towers import TextEncoderConfig
+from latentkit.nets.towers import BertTextConfig, TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
+
+CONDITIONERS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
+    "text": ("text", TextConditioner),
+    "clip": ("text", ClipConditioner),
+    "bert": ("text", BertConditioner),
+    "label": ("label", LabelConditioner),
+    "numbers": ("numbers", NumbersConditioner),
+    "image": ("image", ImageConditioner),
+}
+"""Fields of `Architecture`: what the conditioner is called in the model, and what makes it of config and state.
+
+Vectors stand side by side in this order.
+"""
 
 
 @dataclass(frozen=True)
@@ -34,20 +52,43 @@ class Architecture:
     prediction: PredictionName = "flow"
     text: TextEncoderConfig | None = None
     label: LabelConfig | None = None
+    clip: ClipConfig | None = None
+    """CLIP text towers in the place of `text`."""
+    bert: BertTextConfig | None = None
+    """The 2021 models' text transformer in the place of `text`."""
+    numbers: NumbersConfig | None = None
+    image: ImageConfig | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.conditions() if CONDITIONERS[name][0] == "text"]
+        if len(given) > 1:
+            raise InputError(f"a model has one text encoder, this one {' and '.join(given)}; keep one of them")
+
+    def conditions(self) -> dict[str, Any]:
+        """The configs of its conditioners, by field."""
+        fields = {name: getattr(self, name) for name in CONDITIONERS}
+        return {name: config for name, config in fields.items() if config is not None}
+
+    def towers(self) -> list[Any]:
+        """The configs of the transformers in its conditioners; each has `layers`."""
+        towers = [self.text, self.bert, *(self.clip.towers if self.clip else ()), self.image and self.image.tower]
+        return [tower for tower in towers if tower is not None]
 
 
 def fit_network(architecture: Architecture) -> Architecture:
     """The architecture with the U-Net's channels and slot widths derived from the parts that feed it."""
     latent = architecture.first_stage.latent_channels if architecture.first_stage else architecture.picture_channels
-    widths = [part.width for part in (architecture.text, architecture.label) if part is not None]
-    if len(set(widths)) > 1:
-        raise InputError(f"text and label conditioners have widths {widths}; give them the same width")
+    parts = architecture.conditions().values()
+    contexts = [part.context_width for part in parts if part.context_width]
+    if len(set(contexts)) > 1:
+        raise InputError(f"conditioners make contexts of widths {contexts}; give them the same width")
+    vector = sum(part.vector_width for part in parts)
     network = replace(
         architecture.network,
         channels_in=latent,
         channels_out=latent,
-        context_width=widths[0] if widths else None,
-        vector_width=sum(widths) or None,
+        context_width=contexts[0] if contexts else None,
+        vector_width=None if architecture.network.classes else vector or None,
     )
     return replace(architecture, network=network)
 
@@ -60,23 +101,30 @@ class LatentDiffusion(nn.Module):
         self.architecture = architecture
         self.first_stage = FirstStage(architecture.first_stage, architecture.picture_channels)
         parts: dict[str, nn.Module] = {}
-        if architecture.text is not None:
-            parts["text"] = TextConditioner(architecture.text, state["text"]["tokenizer"])
-        if architecture.label is not None:
-            parts["label"] = LabelConditioner(architecture.label, state["label"]["classes"])
+        for kind, config in architecture.conditions().items():
+            name, make = CONDITIONERS[kind]
+            parts[name] = make(config, **state.get(name, {}))
         self.conditioners = nn.ModuleDict(parts)
         self.denoiser = Denoiser(architecture.network, architecture.schedule, architecture.prediction)
 
     def conditioner(self, name: str) -> Conditioner:
-        """The conditioner called `name` ("text", "label")."""
+        """The conditioner called `name` (see `CONDITIONERS`)."""
         return cast(Conditioner, self.conditioners[name])
 
     def condition(self, values: dict[str, list[Any]], count: int) -> Conditioning:
-        """Rows for `count` pictures from `values` by conditioner name; what is not given is absent."""
+        """Rows for `count` pictures from `values` by conditioner name; what is not given is absent.
+
+        Errors: InputError for values of a conditioner that this model does not have.
+        """
+        for name, given in values.items():
+            if name not in self.conditioners and any(given):
+                takes = ", ".join(self.conditioners) or "no condition at all"
+                raise InputError(f"this model has no conditioner {name!r}; it takes: {takes}", exit_code=2)
         parts = []
         for name in self.conditioners:
             conditioner = self.conditioner(name)
-            parts.append(conditioner(values[name] if name in values else conditioner.absent(count)))
+            part = conditioner(values[name] if name in values else conditioner.absent(count))
+            parts.append(part.to(self.first_stage.latent_mean.device))
         return merge(parts)
 
     def state(self) -> dict[str, Any]:

@@ -10,9 +10,6 @@ from latentkit.model.conditioning import Conditioning
 class Conditioner(Protocol):
     """What every conditioner is: called with one value per picture it gives their rows."""
 
-    context_width: int
-    vector_width: int
-
     def from_batch(self, batch: dict[str, Any]) -> Sequence[Any]:
         """Its values in a training batch."""
         ...

@@ -18,6 +18,25 @@ class LabelConfig:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     width: int = 256
+    vector: bool = True
+    """The class also fills the vector slot (no 2021 model's does)."""
+    null: bool = True
+    """A last row stands for "no class"; without it the model cannot be guided by classes."""
+
+    @property
+    def context_width(self) -> int:
+        """Width of the context token that it makes."""
+        return self.width
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the vector that it makes, 0 if none."""
+        return self.width if self.vector else 0
+
+
+CIN256_LABEL = LabelConfig(512, vector=False, null=False)
+CIN256_V2_LABEL = LabelConfig(512, vector=False)
+"""Of 1,001 rows the last is the null class."""
 
 
 class LabelConditioner(nn.Module):
@@ -28,18 +47,9 @@ class LabelConditioner(nn.Module):
         self.config = config
         self.classes = tuple(classes)
         self._index: dict[str | None, int] = {name: i for i, name in enumerate(self.classes)}
-        self._index[None] = len(self.classes)
-        self.embedding = nn.Embedding(len(self.classes) + 1, config.width)
-
-    @property
-    def context_width(self) -> int:
-        """Width of the context token it makes."""
-        return self.config.width
-
-    @property
-    def vector_width(self) -> int:
-        """Width of the vector it makes."""
-        return self.config.width
+        if config.null:
+            self._index[None] = len(self.classes)
+        self.embedding = nn.Embedding(len(self._index), config.width)
 
     def from_batch(self, batch: dict[str, Any]) -> list[str | None]:
         """The class names of a training batch, whose "label" holds class numbers and -1 for none."""
@@ -52,11 +62,13 @@ class LabelConditioner(nn.Module):
     def forward(self, labels: Sequence[str | None]) -> Conditioning:
         """Rows for the class names; None is no class. InputError names an unknown class."""
         for label in labels:
+            if label is None and not self.config.null:
+                raise InputError("this model knows no picture without a class: name one, guidance scale 1", exit_code=2)
             if label not in self._index:
                 raise InputError(f"class {label!r} is unknown; {nearest(str(label), self.classes)}", exit_code=2)
         rows = torch.tensor([self._index[label] for label in labels], device=self.embedding.weight.device)
         embedded = self.embedding(rows)
-        return Conditioning(context=embedded[:, None, :], vector=embedded)
+        return Conditioning(context=embedded[:, None, :], vector=embedded if self.config.vector else None)
 
     def state(self) -> dict[str, Any]:
         """What rebuilds it, for the model file."""

@@ -1,0 +1,195 @@
+"""Prompts through one or two CLIP text towers: Stable Diffusion 1, 2 and XL, and own models of that shape.
+
+A prompt of any length is read in windows, their contexts one after another; the vector is that of the first. Emphasis
+multiplies the states of the tokens and then scales the window so that its mean is what it was, as AUTOMATIC1111 does
+(here for each picture alone, so that a batch equals its singles).
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from latentkit.errors import InputError
+from latentkit.model.conditioners.prompt import Prompt, escaped, pieces
+from latentkit.model.conditioners.tokenizer import END, START, clip_tokenizer, from_json
+from latentkit.model.conditioning import Conditioning
+from latentkit.nets.clip import VIT_BIGG_TEXT, VIT_H_TEXT, VIT_L_TEXT, ClipText, ClipTextConfig
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """The CLIP text towers that read a prompt; their contexts stand side by side, widths added."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    towers: tuple[ClipTextConfig, ...]
+    absent: Literal["empty", "zero"] = "empty"
+    """What "no prompt" is: the empty one, or rows of zeros (SD XL base)."""
+
+    def __post_init__(self) -> None:
+        if len({(tower.vocabulary, tower.length) for tower in self.towers}) != 1:
+            raise InputError("a prompt is read by one CLIP text tower, or by several of one vocabulary and length")
+
+    @property
+    def context_width(self) -> int:
+        """Width of the context tokens."""
+        return sum(tower.width for tower in self.towers)
+
+    @property
+    def vector_width(self) -> int:
+        """Width of the vector, 0 where no tower makes one."""
+        return sum(tower.projection or 0 for tower in self.towers)
+
+
+SD1_TEXT = ClipConfig((VIT_L_TEXT,))
+SD2_TEXT = ClipConfig((replace(VIT_H_TEXT, layers=23, projection=None),))
+"""The last of ViT-H's 24 blocks and its projection are never used: files that hold them lose them."""
+_BIGG = replace(VIT_BIGG_TEXT, skip=1, final_norm=False)
+SDXL_TEXT = ClipConfig((replace(VIT_L_TEXT, skip=1, final_norm=False), _BIGG), absent="zero")
+REFINER_TEXT = ClipConfig((_BIGG,))
+
+
+class ClipConditioner(nn.Module):
+    """Prompts to the context slot and, where a tower projects, to the vector slot.
+
+    `tokenizer` is JSON text; None is CLIP's own vocabulary. Ids from the vocabulary's size on are learnt vectors.
+    """
+
+    def __init__(self, config: ClipConfig, tokenizer: str | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.tokenizer = tokenizer
+        self._tokenizer = clip_tokenizer() if tokenizer is None else from_json(tokenizer)
+        first, size = config.towers[0], self._tokenizer.get_vocab_size()
+        if size > first.vocabulary:
+            raise InputError(f"the tokenizer has {size} tokens, the text tower {first.vocabulary}")
+        start, end = (self._tokenizer.token_to_id(token) for token in (START, END))
+        if start is None or end is None:
+            raise InputError(f"the model's tokenizer has no {START} and {END}: it is not one of CLIP's")
+        self._start, self._end = start, end
+        self._learnt: dict[str, tuple[Tensor, ...]] = {}
+        self.towers = nn.ModuleList(ClipText(tower) for tower in config.towers)
+
+    @property
+    def room(self) -> int:
+        """Tokens of a prompt that one window holds."""
+        return self.config.towers[0].length - 2
+
+    def count(self, caption: str) -> int:
+        """Tokens of a whole caption, emphasis unread."""
+        return len(self._ids(caption))
+
+    def learn(self, name: str, vectors: Sequence[Tensor]) -> None:
+        """From now on `name` in a prompt stands for `vectors`, `n d` for each tower (Gal et al. 2022).
+
+        InputError for vectors of another width or number than the towers take.
+        """
+        shapes = [tuple(one.shape) for one in vectors]
+        widths = [tower.width for tower in self.config.towers]
+        count = shapes[0][0] if shapes and len(shapes[0]) == 2 else 0
+        if not 0 < count <= self.room or shapes != [(count, width) for width in widths]:
+            raise InputError(
+                f"textual inversion {name!r} has vectors of shape {shapes}; this model takes 1 to {self.room} of width "
+                + " and as many of width ".join(map(str, widths))
+            )
+        if not name.strip() or not all(torch.isfinite(one).all() for one in vectors):
+            raise InputError(f"textual inversion {name!r} has no name, or holds values that are not finite")
+        self._learnt[name] = tuple(one.detach() for one in vectors)
+
+    def from_batch(self, batch: dict[str, Any]) -> list[str]:
+        """The captions of a training batch, in which brackets are brackets."""
+        return [escaped(caption) for caption in batch["caption"]]
+
+    def absent(self, count: int) -> list[None]:
+        """What stands for "no prompt"."""
+        return [None] * count
+
+    def forward(self, prompts: Sequence[str | Prompt | None]) -> Conditioning:
+        """Rows for the prompts, on the towers' device; InputError for emphasis or a clip skip that cannot be."""
+        asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt or "") for prompt in prompts]
+        if len({prompt.skip for prompt in asked}) > 1:
+            return Conditioning.cat([self([prompt]) for prompt in prompts])
+        windows = [list(self._windows(prompt.text)) for prompt in asked]
+        together = [window for each in windows for window in each]
+        ids = torch.tensor([ids for ids, _ in together])
+        weights = torch.tensor([weights for _, weights in together])
+        contexts, vectors = zip(*(self._read(i, ids, weights, asked[0].skip) for i in range(len(self.towers))))
+        context = torch.cat(contexts, -1)
+        pooled = [vector for vector in vectors if vector is not None]
+        vector = torch.cat(pooled, -1) if pooled else None
+        rows, first = [], 0
+        for prompt, each in zip(prompts, windows):
+            here, first = first, first + len(each)
+            row = Conditioning(
+                context=context[here:first].flatten(0, 1)[None],
+                vector=None if vector is None else vector[here : here + 1],
+            )
+            rows.append(_silent(row) if prompt is None and self.config.absent == "zero" else row)
+        return Conditioning.cat(rows)
+
+    def state(self) -> dict[str, Any]:
+        """What rebuilds it, for the model file."""
+        return {"tokenizer": self.tokenizer}
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _units(self, text: str) -> Iterator[list[int]]:
+        """The tokens of a text, those of one learnt name together."""
+        if not self._learnt:
+            yield from ([token] for token in self._ids(text))
+            return
+        places, behind = {}, self.config.towers[0].vocabulary
+        for name, vectors in self._learnt.items():
+            places[name.lower()] = [behind + i for i in range(len(vectors[0]))]
+            behind += len(vectors[0])
+        names = "|".join(re.escape(name) for name in sorted(places, key=len, reverse=True))
+        for number, part in enumerate(re.split(rf"(?<!\w)({names})(?!\w)", text, flags=re.IGNORECASE)):
+            yield from [places[part.lower()]] if number % 2 else ([token] for token in self._ids(part))
+
+    def _windows(self, prompt: str) -> Iterator[tuple[list[int], list[float]]]:
+        """Ids and weights of each window, start, end and padding (the end token, here) included."""
+        groups = pieces(prompt)
+        for group in groups:
+            units = [(unit, weight) for text, weight in group for unit in self._units(text)]
+            if not units and len(groups) > 1 and group is groups[-1]:
+                continue
+            ids: list[int] = []
+            weights: list[float] = []
+            for unit, weight in units:
+                if len(ids) + len(unit) > self.room:
+                    yield self._window(ids, weights)
+                    ids, weights = [], []
+                ids, weights = ids + unit, weights + [weight] * len(unit)
+            yield self._window(ids, weights)
+
+    def _window(self, ids: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
+        rest = self.room - len(ids) + 1
+        return [self._start, *ids, *[self._end] * rest], [1.0, *weights, *[1.0] * rest]
+
+    def _read(self, number: int, ids: Tensor, weights: Tensor, skip: int) -> tuple[Tensor, Tensor | None]:
+        """Context and vector of every window by one of the towers."""
+        tower = cast(ClipText, self.towers[number])
+        device, pad = tower.position_embedding.device, tower.config.pad
+        if pad is not None:
+            behind = (ids == self._end).cumsum(1) > 1
+            ids = torch.where(behind, pad, ids)
+        learnt = torch.cat([vectors[number] for vectors in self._learnt.values()]).to(device) if self._learnt else None
+        context, vector = tower(ids.to(device), self._end, skip, learnt)
+        if (weights != 1).any():
+            heavy = context.float() * weights.to(device)[..., None]
+            mean, after = context.float().mean((1, 2), keepdim=True), heavy.mean((1, 2), keepdim=True)
+            context = (heavy * (mean / after)).to(context.dtype)
+        return context, vector
+
+
+def _silent(row: Conditioning) -> Conditioning:
+    """The same row, all zeros."""
+    assert row.context is not None
+    return Conditioning(
+        context=torch.zeros_like(row.context), vector=None if row.vector is None else torch.zeros_like(row.vector)
+    )
