@@ -86,7 +86,7 @@ def test_float32_goes_through_the_plain_operations(modulated: bool) -> None:
     assert torch.equal(layers.normalised(module, x, (scale, shift) if modulated else None), F.silu(plain))
 
 
-@pytest.mark.parametrize("portion", [1, 1 << 19])
+@pytest.mark.parametrize("portion", [1, 400, 3000, 1 << 20])
 @pytest.mark.parametrize("masked", [True, False])
 def test_attention_has_the_values_and_gradients_of_float64(
     masked: bool, portion: int, monkeypatch: pytest.MonkeyPatch
@@ -117,19 +117,25 @@ def test_attention_keeps_no_scores() -> None:
     assert kept == [q.numel()] * 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_long_attention_and_float32_go_through_the_kernel(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    called: list[int] = []
-    kernel = F.scaled_dot_product_attention
+def test_attention_works_on_few_scores_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    softmax = Tensor.softmax
 
-    def spy(q: Tensor, *rest: Tensor, **options: Tensor | None) -> Tensor:
-        called.append(q.shape[2])
-        return kernel(q, *rest, **options)  # type: ignore[arg-type]
+    def spy(scores: Tensor, *rest: object, **options: object) -> Tensor:
+        sizes.append(scores.numel())
+        return softmax(scores, *rest, **options)  # type: ignore[call-overload,no-any-return]
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    for n in (1 << 9, (1 << 9) + 1):
-        attention.attend(random(1, 1, n, 8).to(dtype), *(random(1, 1, 1 << 10, 8).to(dtype) for _ in range(2)))
-    assert called == ([512, 513] if dtype == torch.float32 else [513])
+    monkeypatch.setattr(Tensor, "softmax", spy)
+    monkeypatch.setattr(attention, "PORTION", 1 << 12)
+    q = random(2, 2, 256, 8).bfloat16().requires_grad_()
+    attention.attend(q, q, q).sum().backward()
+    assert max(sizes) == 1 << 12
+    assert sum(sizes) == 2 * (2 * 2 * 256 * 256)
+
+
+def test_float32_attention_goes_through_the_kernel() -> None:
+    q = random(1, 2, 64, 8)
+    assert torch.equal(attention.attend(q, q, q), F.scaled_dot_product_attention(q, q, q))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (15, 16), (17, 23)])

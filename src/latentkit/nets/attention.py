@@ -1,6 +1,5 @@
 """Attention: over pixels within a picture and from pixels to context tokens."""
 
-import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import Tensor, nn
 
 from latentkit.nets.layers import bf16_on_cpu, group_norm, normalised, zeroed
 
-MOST_SCORES = 1 << 19
-"""Queries times keys of a head, up to which matrix products are the faster attention in bfloat16 on a CPU."""
-PORTION = 1 << 19
-"""Scores that `_MatrixAttention` works on at a time."""
+PORTION = 1 << 20
+"""Scores that `_MatrixAttention` works on at a time: few enough for the cache; half as many on the way back."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
@@ -25,16 +22,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causa
     if causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     allowed = None if mask is None else mask[:, None, None, :]
-    if bf16_on_cpu(q) and q.shape[2] * k.shape[2] <= MOST_SCORES:
+    if bf16_on_cpu(q):
         return _MatrixAttention.apply(q, k, v, allowed)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 
 class _MatrixAttention(torch.autograd.Function):
-    """Attention of bfloat16 `b h n d` on a CPU as matrix products, some pictures at a time.
+    """Attention of bfloat16 `b h n d` on a CPU as matrix products, a portion of the scores at a time.
 
-    torch's own kernel takes two to six times as long there with its way back. As there, the scores are computed again
-    on the way back, so that only q, k and v are kept.
+    torch's own kernel takes two to six times as long there. As there, the scores are computed again on the way back,
+    so that only q, k and v are kept.
     """
 
     @staticmethod
@@ -42,8 +39,12 @@ class _MatrixAttention(torch.autograd.Function):
         """`allowed` is boolean `b 1 1 m`."""
         ctx.save_for_backward(q, k, v, allowed)
         y = _unwritten(q)
-        for q_, k_, v_, y_, allowed_ in _portions(q, k, v, y, allowed=allowed):
-            y_.copy_(_scores(q_ * q.shape[3] ** -0.5, k_, allowed_).softmax(-1) @ v_)  # softmax is float32 inside
+        for rows, heads, chunks in _portions(q, k, PORTION):
+            k_, v_ = k[rows, heads], v[rows, heads]
+            for chunk in chunks:
+                part = rows, heads, chunk
+                scores = _scores(q[part] * q.shape[3] ** -0.5, k_, allowed, rows)
+                y[part] = scores.softmax(-1) @ v_  # the softmax is float32 inside
         return y
 
     @staticmethod
@@ -52,15 +53,19 @@ class _MatrixAttention(torch.autograd.Function):
         q, k, v, allowed = ctx.saved_tensors
         by_q, by_k, by_v = (_unwritten(part) for part in (q, k, v))
         scale = q.shape[3] ** -0.5
-        inputs = q, k, v, gradient, by_q, by_k, by_v
-        for q_, k_, v_, slope, by_q_, by_k_, by_v_, allowed_ in _portions(*inputs, allowed=allowed):
-            scaled = q_ * scale
-            weights = _scores(scaled, k_, allowed_).softmax(-1, dtype=torch.float32)
-            by_v_.copy_(weights.to(v_.dtype).transpose(2, 3) @ slope)
-            by_weights = (slope @ v_.transpose(2, 3)).float()
-            by_scores = torch._softmax_backward_data(by_weights, weights, -1, torch.float32).to(q_.dtype)
-            torch.mul(by_scores @ k_, scale, out=by_q_)
-            by_k_.copy_(by_scores.transpose(2, 3) @ scaled)
+        for rows, heads, chunks in _portions(q, k, PORTION // 2):
+            k_, v_ = k[rows, heads], v[rows, heads]
+            sums: list[Tensor] = []
+            for chunk in chunks:
+                part = rows, heads, chunk
+                scaled, slope = q[part] * scale, gradient[part]
+                weights = _scores(scaled, k_, allowed, rows).softmax(-1, dtype=torch.float32)
+                by_weights = (slope @ v_.transpose(2, 3)).float()
+                by_scores = torch._softmax_backward_data(by_weights, weights, -1, torch.float32).to(q.dtype)
+                by_q[part] = (by_scores @ k_).mul_(scale)
+                shares = by_scores.transpose(2, 3) @ scaled, weights.to(v.dtype).transpose(2, 3) @ slope
+                sums = [a.float().add_(b) for a, b in zip(sums, shares)] if sums else list(shares)
+            by_k[rows, heads], by_v[rows, heads] = sums
         return by_q, by_k, by_v, None
 
 
@@ -69,18 +74,23 @@ def _unwritten(like: Tensor) -> Tensor:
     return torch.empty_like(like.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
 
 
-def _portions(*tensors: Tensor, allowed: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    """Some rows of each tensor at a time, those of q and k first, and of `allowed` last."""
-    q, k = tensors[:2]
-    rows = max(1, PORTION // (q.shape[1] * q.shape[2] * k.shape[2]))
-    masks = itertools.repeat(None) if allowed is None else allowed.split(rows)
-    return zip(*(tensor.split(rows) for tensor in tensors), masks)
+def _portions(q: Tensor, k: Tensor, most: int) -> Iterator[tuple[slice, slice, list[slice]]]:
+    """Rows, heads, and the chunks of queries: whole rows at a time, or heads of one, or queries of one head."""
+    b, h, n, m = *q.shape[:3], k.shape[2]
+    for rows in _slices(b, most // (h * n * m)):
+        for heads in _slices(h, most // (n * m)):
+            yield rows, heads, _slices(n, most // m)
 
 
-def _scores(scaled: Tensor, k: Tensor, allowed: Tensor | None) -> Tensor:
+def _slices(length: int, size: int) -> list[slice]:
+    size = max(1, size)
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def _scores(scaled: Tensor, k: Tensor, allowed: Tensor | None, rows: slice) -> Tensor:
     """What the softmax is taken of, `b h n m`."""
     scores = scaled @ k.transpose(2, 3)
-    return scores if allowed is None else scores.masked_fill(~allowed, float("-inf"))
+    return scores if allowed is None else scores.masked_fill(~allowed[rows], float("-inf"))
 
 
 class Attention(nn.Module):
