@@ -15,11 +15,11 @@ from latentkit.checkpoints.files import load, save_model
 from latentkit.diffusion.noise import PictureNoise, keyed_batch
 from latentkit.model.conditioners.text import TextConditioner, train_tokenizer
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
-from latentkit.model.presets import SCHEDULE
+from latentkit.model.presets import KL_F8, SCHEDULE, SD1
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.bottleneck import Posterior, posterior
 from latentkit.nets.towers import TextEncoderConfig
-from latentkit.nets.unet import UNetConfig
+from latentkit.nets.unet import UNet, UNetConfig
 from latentkit.training.autoencoder import AutoencoderObjective, ReconstructionLoss
 from latentkit.training.diffusion import DiffusionLoss, DiffusionObjective
 from latentkit.training.losses import pyramid_l1, structure
@@ -42,6 +42,9 @@ class Sizes:
     latent: int
     drawn: int
     steps: int
+    stable_diffusion: UNetConfig = SD1
+    stable_diffusion_first_stage: AutoencoderConfig = KL_F8
+    stable_diffusion_latent: int = 64
 
 
 FULL = Sizes(
@@ -65,6 +68,9 @@ QUICK = Sizes(
     latent=8,
     drawn=2,
     steps=4,
+    stable_diffusion=UNetConfig(channels=32, multipliers=(1, 2), depth=(1, 0), heads=2, context_width=768),
+    stable_diffusion_first_stage=AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1),
+    stable_diffusion_latent=8,
 )
 
 
@@ -285,4 +291,96 @@ def generation_part(sizes: Sizes, folder: Path) -> Part:
     return Part(sizes.drawn, ours, theirs, check)
 
 
-MAKERS = {"autoencoder": autoencoder_part, "unet": unet_part, "generation": generation_part}
+def evaluated(config: UNetConfig | AutoencoderConfig, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> Part:
+    """One evaluation of a large network in bfloat16; `call(network, *inputs)` makes it, alike for both sides.
+
+    Checked in float32 on a quarter of the side; "bfloat16" is our error in bfloat16 as a multiple of the peer's.
+    """
+
+    def network() -> nn.Module:
+        with torch.device("meta"):
+            made = Autoencoder(config) if isinstance(config, AutoencoderConfig) else UNet(config)
+        made = made.to_empty(device="cpu").eval().requires_grad_(False)
+        redraw(made)
+        for part in made.modules():
+            if isinstance(part, (nn.GroupNorm, nn.LayerNorm)):
+                nn.init.ones_(part.weight)
+        return made
+
+    def prepared(module: nn.Module, variant: peer.Variant) -> Callable[[], Tensor]:
+        dtype = torch.bfloat16 if variant.bf16 else torch.float32
+        module = module.to(dtype).to(memory_format=variant.layout).eval().requires_grad_(False)
+        rows = tuple(x.to(dtype) if x.ndim > 1 else x for x in inputs)
+
+        def run() -> Tensor:
+            with torch.inference_mode():
+                return call(module, *rows)
+
+        return run
+
+    def ours() -> Callable[[], Tensor]:
+        return prepared(network(), peer.Variant(True, True, False))
+
+    def theirs(variant: peer.Variant, same: bool) -> Callable[[], Tensor]:
+        other = peer.prepared(config, variant, network() if same else None)
+        if variant.compiled:
+            other.forward = torch.compile(other.forward)
+            if hasattr(other, "decode"):
+                other.decode = torch.compile(other.decode)
+        return prepared(other, variant)
+
+    def check() -> dict[str, float]:
+        small = tuple(x[..., : x.shape[-1] // 4, : x.shape[-1] // 4] if x.ndim == 4 else x for x in inputs)
+        mine = network()
+        other = peer.prepared(config, peer.Variant(False, False, False), mine).eval()
+        with torch.inference_mode():
+            exact = call(other, *small)
+            same = call(mine, *small)
+            halves = tuple(x.bfloat16() if x.ndim > 1 else x for x in small)
+            errors = [
+                float(
+                    (call(net.bfloat16(), *halves).float() - exact).square().mean().sqrt()
+                    / exact.square().mean().sqrt()
+                )
+                for net in (mine.to(memory_format=torch.channels_last), other)
+            ]
+        return {
+            "pictures": float((same - exact).abs().max() / exact.abs().max()),
+            "bfloat16": errors[0] / errors[1],
+        }
+
+    return Part(1, ours, theirs, check)
+
+
+def stable_diffusion_unet(sizes: Sizes, _: Path) -> Part:
+    """One evaluation of Stable Diffusion 1's U-Net with both guidance branches; weights are random."""
+    config, side = sizes.stable_diffusion, sizes.stable_diffusion_latent
+    x = keyed_batch(range(2), (config.channels_in, side, side), 0, "x")
+    context = keyed_batch(range(2), (77, config.context_width or 0), 0, "context")
+
+    def call(network: nn.Module, x: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        if isinstance(network, UNet):
+            return network(x, timestep, context)
+        return network(x, timestep, encoder_hidden_states=context).sample
+
+    return evaluated(config, (x, torch.full((2,), 500.0), context), call)
+
+
+def stable_diffusion_decode(sizes: Sizes, _: Path) -> Part:
+    """One picture through the decoder of Stable Diffusion's first stage; weights are random."""
+    config, side = sizes.stable_diffusion_first_stage, sizes.stable_diffusion_latent
+    z = keyed_batch(range(1), (config.latent_channels, side, side), 0, "z")
+
+    def call(network: nn.Module, z: Tensor) -> Tensor:
+        return network.decode(z) if isinstance(network, Autoencoder) else network.decode(z).sample
+
+    return evaluated(config, (z,), call)
+
+
+MAKERS = {
+    "sd-unet": stable_diffusion_unet,
+    "sd-decode": stable_diffusion_decode,
+    "autoencoder": autoencoder_part,
+    "unet": unet_part,
+    "generation": generation_part,
+}
