@@ -46,6 +46,8 @@ class Architecture:
     first_stage: AutoencoderConfig | None = None
     """None: the identity first stage, diffusion on pixels."""
     picture_channels: int = 3
+    concat_channels: int = 0
+    """Channels of the concat slot, beside the latent's: a mask and a masked picture, depth, a small picture."""
     size: tuple[int, int] = (64, 64)
     """Height and width that it was trained at, pixels."""
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
@@ -85,7 +87,7 @@ def fit_network(architecture: Architecture) -> Architecture:
     vector = sum(part.vector_width for part in parts)
     network = replace(
         architecture.network,
-        channels_in=latent,
+        channels_in=latent + architecture.concat_channels,
         channels_out=latent,
         context_width=contexts[0] if contexts else None,
         vector_width=None if architecture.network.classes else vector or None,
