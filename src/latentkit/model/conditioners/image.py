@@ -115,8 +115,8 @@ class ImageConditioner(nn.Module):
 def prepared(picture: Tensor, size: int) -> Tensor:
     """A picture `3 h w` in [-1, 1] as CLIP sees it: shorter side to `size` (bicubic, antialiased), cut, scaled."""
     height, width = picture.shape[1:]
-    scale = size / min(height, width)
-    shape = (size, int(width * scale)) if height <= width else (int(height * scale), size)
+    short = min(height, width)
+    shape = (size * height // short, size * width // short)
     x = F.interpolate(picture[None].float(), shape, mode="bicubic", antialias=True)[0].clamp(-1, 1) / 2 + 0.5
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     x = x[:, top : top + size, left : left + size]
