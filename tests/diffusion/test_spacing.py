@@ -69,7 +69,8 @@ def test_any_schedule_of_any_length(
 ) -> None:
     zero = zero and kind in ("linear", "cosine") and steps > 1
     schedule = NoiseSchedule(
-        kind, beta_start=end / 10, beta_end=end, steps=steps, zero_terminal=zero, shift=shift if kind == "flow" else 1.0,
+        kind, beta_start=end / 10, beta_end=end, steps=steps, zero_terminal=zero,
+        shift=shift if kind == "flow" else 1.0,
     )  # type: ignore[arg-type]  # fmt: skip
     if name.startswith("ays") and schedule.sigma_max < AYS_SD1[0]:
         with pytest.raises(InputError, match=r"begins at sigma 14\.615"):
@@ -133,7 +134,7 @@ def test_the_cap_costs_float32_less_than_a_thousandth_at_the_end(sampler: str, n
     start = torch.randn(2, 3, 8, 8, dtype=torch.float64) * sigmas[0]
 
     def end(x: torch.Tensor) -> torch.Tensor:
-        *_, last = sample(sampler, denoise, x, sigmas, lambda step, purpose="step": x)
+        *_, last = sample(sampler, denoise, x, sigmas, None)
         return last.x
 
     assert (end(start.float()).double() - end(start)).abs().max() < 1e-3

@@ -1,6 +1,7 @@
 """Denoiser: the preconditioning of every prediction against the formulas of the papers."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_bound_it_is_a_denoise_for_samplers() -> None:
     x = torch.randn(2, 4, 4, 4)
     expected = denoiser(x, torch.tensor([2.0, 2.0]), told)
     assert torch.equal(denoiser.bind(told)(x, 2.0).x0, expected)
-    *_, last = sample("euler", denoiser.bind(told), 9 * x, np.array([9.0, 1.0, 0.0]), lambda step, purpose="step": x)
+    *_, last = sample("euler", denoiser.bind(told), 9 * x, np.array([9.0, 1.0, 0.0]), None)
     assert torch.isfinite(last.x).all()
 
 
@@ -139,7 +140,42 @@ def test_an_unknown_prediction_is_refused() -> None:
         Denoiser(CONFIG, NoiseSchedule(), "epsilon")
 
 
-@pytest.mark.parametrize("schedule", [NoiseSchedule("flow"), NoiseSchedule("linear", beta_end=1.0)])
-def test_eps_on_a_schedule_that_ends_in_pure_noise_is_refused(schedule: NoiseSchedule) -> None:
-    with pytest.raises(InputError, match="prediction 'eps' says nothing of the picture in the pure noise"):
-        Denoiser(CONFIG, schedule, "eps")
+@pytest.mark.parametrize("prediction", ["eps", "score"])
+@pytest.mark.parametrize(
+    "schedule",
+    [NoiseSchedule("flow"), NoiseSchedule("linear", beta_end=1.0), NoiseSchedule("cosine", zero_terminal=True)],
+    ids=lambda schedule: schedule.kind,
+)
+def test_noise_alone_on_a_schedule_that_ends_in_pure_noise_is_refused(schedule: NoiseSchedule, prediction: str) -> None:
+    with pytest.raises(InputError, match=f"prediction '{prediction}' says nothing of the picture in the pure noise"):
+        Denoiser(CONFIG, schedule, prediction)
+
+
+@torch.no_grad()
+def test_the_preconditioning_of_edm_is_that_of_its_paper() -> None:
+    denoiser, network = watched("edm", "edm")
+    sigma = torch.tensor([0.01, 0.7, 3.0, 70.0], dtype=torch.float64)
+    x = torch.randn(4, 4, 3, 3) * (0.5 + sigma.float()[:, None, None, None])
+    x0 = denoiser(x, sigma, Conditioning())
+    x_t, timestep = network.given
+    total = (sigma**2 + 0.25)[:, None, None, None]
+    torch.testing.assert_close(timestep, (sigma.log() / 4).float())
+    torch.testing.assert_close(x_t, (x / total.sqrt()).float())
+    out = sigma[:, None, None, None] * 0.5 / total.sqrt()
+    torch.testing.assert_close(x0, (0.25 / total * x + out * network(x_t, timestep)).float(), atol=1e-6, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_learned_variance_is_the_second_half_of_the_output_as_a_share() -> None:
+    wide = replace(CONFIG, channels_in=4, channels_out=8)
+    denoiser = Denoiser(wide, NoiseSchedule("cosine"), "eps", learned_variance=True)
+    output = torch.randn(2, 8, 3, 3)
+    denoiser.network = lambda *given: output  # type: ignore[method-assign]
+    x = torch.randn(2, 4, 3, 3)
+    answer = denoiser.bind(Conditioning())(x, 1.5)
+    torch.testing.assert_close(answer.x0, x - 1.5 * output[:, :4])
+    assert answer.log_variance is not None
+    torch.testing.assert_close(answer.log_variance, output[:, 4:] / 2 + 0.5)
+    assert Denoiser(CONFIG, NoiseSchedule(), "flow").bind(Conditioning(context=torch.zeros(2, 3, 6), concat=x[:, :1]))(
+        x, 1.5
+    ).log_variance is None  # fmt: skip

@@ -13,24 +13,29 @@ from latentkit.errors import InputError, nearest
 from latentkit.model.conditioning import Conditioning
 from latentkit.nets.unet import UNet, UNetConfig
 
-PredictionName = Literal["eps", "v", "x0", "flow"]
+PredictionName = Literal["eps", "v", "x0", "flow", "edm", "score"]
+NOISE_ALONE = ("eps", "score")
 
 
 class Denoiser(nn.Module):
     """x0 = c_skip x + c_out F(c_in x, timestep, conditioning), float32 outside, the U-Net's own type inside."""
 
-    def __init__(self, config: UNetConfig, schedule: NoiseSchedule, prediction: str) -> None:
+    def __init__(
+        self, config: UNetConfig, schedule: NoiseSchedule, prediction: str, learned_variance: bool = False
+    ) -> None:
+        """With `learned_variance` the U-Net's output has the latent's channels twice (Nichol & Dhariwal 2021)."""
         super().__init__()
         if prediction not in PREDICTIONS:
             raise InputError(f"prediction {prediction!r} is unknown; {nearest(prediction, PREDICTIONS)}")
-        if prediction == "eps" and schedule.sigma_max >= SIGMA_CAP:
+        if prediction in NOISE_ALONE and schedule.sigma_max >= SIGMA_CAP:
             raise InputError(
-                "prediction 'eps' says nothing of the picture in the pure noise at which this noise schedule ends; "
-                "take prediction 'v', 'x0' or 'flow', or a schedule that ends at a finite sigma"
+                f"prediction {prediction!r} says nothing of the picture in the pure noise at which this noise schedule "
+                "ends; take prediction 'v', 'x0', 'flow' or 'edm', or a schedule that ends at a finite sigma"
             )
         self.unet = UNet(config)
         self.schedule = schedule
         self.prediction = PREDICTIONS[prediction]
+        self.learned_variance = learned_variance
 
     def network(
         self,
@@ -38,8 +43,8 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, " b"],
         conditioning: Conditioning,
         perturbed: bool = False,
-    ) -> Float[Tensor, "b c h w"]:
-        """F at the noise levels `sigma` `b` (on the CPU), float32: what the training loss compares with the target."""
+    ) -> Float[Tensor, "b o h w"]:
+        """The U-Net's output at the noise levels `sigma` `b` (on the CPU), float32: F, or what `parts` takes apart."""
         timestep = torch.from_numpy(self.schedule.to_timestep(sigma.double().numpy())).to(x.device, torch.float32)
         scaled = x.float() * self.prediction.c_in(sigma).to(x.device, torch.float32)[:, None, None, None]
         if conditioning.concat is not None:
@@ -55,22 +60,33 @@ class Denoiser(nn.Module):
             perturbed=perturbed,
         ).float()
 
+    def parts(self, output: Float[Tensor, "b o h w"]) -> tuple[Tensor, Tensor | None]:
+        """F `b c h w`, which the training loss compares with the target, and `Denoised.log_variance` if learned."""
+        if not self.learned_variance:
+            return output, None
+        f, v = output.chunk(2, dim=1)
+        return f, (v + 1) / 2
+
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
         sigma: Float[Tensor, " b"],
         conditioning: Conditioning,
         perturbed: bool = False,
-    ) -> Float[Tensor, "b c h w"]:
-        """The estimate of x0."""
+    ) -> Float[Tensor, "b o h w"]:
+        """The estimate of x0, and behind its channels `Denoised.log_variance` if learned."""
         rows = sigma.double()[:, None, None, None]
         skip, out = (f(rows).to(x.device, torch.float32) for f in (self.prediction.c_skip, self.prediction.c_out))
-        return skip * x + out * self.network(x, sigma, conditioning, perturbed)
+        f, share = self.parts(self.network(x, sigma, conditioning, perturbed))
+        x0 = skip * x + out * f
+        return x0 if share is None else torch.cat([x0, share], dim=1)
 
     def bind(self, conditioning: Conditioning, perturbed: bool = False) -> Denoise:
         """The denoiser that samplers call, its conditioning fixed; `perturbed` as in `UNet`."""
 
         def denoise(x: Tensor, sigma: float) -> Denoised:
-            return Denoised(self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed))
+            answer = self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed)
+            x0, *share = answer.split(x.shape[1], dim=1)
+            return Denoised(x0, log_variance=share[0] if share else None)
 
         return denoise

@@ -52,6 +52,10 @@ class Architecture:
     """Height and width that it was trained at, pixels."""
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
     prediction: PredictionName = "flow"
+    learned_variance: bool = False
+    """The network says the variance of a step too (improved DDPM): its output has twice the latent's channels."""
+    searched: tuple[tuple[float, ...], ...] = ()
+    """Falling noise levels found on this model, one list for each number of steps: the spacing "searched"."""
     text: TextEncoderConfig | None = None
     label: LabelConfig | None = None
     clip: ClipConfig | None = None
@@ -88,7 +92,7 @@ def fit_network(architecture: Architecture) -> Architecture:
     network = replace(
         architecture.network,
         channels_in=latent + architecture.concat_channels,
-        channels_out=latent,
+        channels_out=latent * (1 + architecture.learned_variance),
         context_width=contexts[0] if contexts else None,
         vector_width=None if architecture.network.classes else vector or None,
     )
@@ -107,7 +111,9 @@ class LatentDiffusion(nn.Module):
             name, make = CONDITIONERS[kind]
             parts[name] = make(config, **state.get(name, {}))
         self.conditioners = nn.ModuleDict(parts)
-        self.denoiser = Denoiser(architecture.network, architecture.schedule, architecture.prediction)
+        self.denoiser = Denoiser(
+            architecture.network, architecture.schedule, architecture.prediction, architecture.learned_variance
+        )
 
     def conditioner(self, name: str) -> Conditioner:
         """The conditioner called `name` (see `CONDITIONERS`)."""

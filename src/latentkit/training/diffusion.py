@@ -9,16 +9,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from latentkit.diffusion.noise import keyed_batch, keyed_uniform
-from latentkit.diffusion.prediction import WEIGHTS
+from latentkit.diffusion.prediction import WEIGHTS, step_divergence
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-BANDS = (0.0, 0.1, 0.3, 1.0, 3.0, 10.0, math.inf)
+BOUND_SHARE = 0.001
+"""Weight of the variational bound beside the squared error (Nichol & Dhariwal 2021, equation 16)."""
 
 
 class SigmaSampling(BaseModel):
-    """Which noise levels are trained: log-normal sigmas (a flow's logit-normal t), or uniform timesteps."""
+    """Which noise levels are trained: log-normal sigmas (a flow's logit-normal t), or uniform timesteps.
+
+    ln sigma has `mean` and `std` (EDM: -1.2 and 1.2); a flow's shift moves them with its levels.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,10 +38,10 @@ class SigmaSampling(BaseModel):
         start = float(keyed_uniform((1,), seed, "sigma")[0])
         u = ((draws.cpu().numpy().astype(np.float64) * GOLDEN + start) % 1.0).clip(1e-6, 1 - 1e-6)
         if self.distribution == "uniform":
-            last = schedule.steps if schedule.kind == "flow" else schedule.steps - 1
-            return torch.from_numpy(schedule.to_sigma(u * last))
-        normal = torch.special.ndtri(torch.from_numpy(u))
-        return torch.exp(self.mean + self.std * normal).clamp(schedule.sigma_min, schedule.sigma_max)
+            sigmas = torch.from_numpy(schedule.at(u * (schedule.top + 1) - 1))
+        else:
+            sigmas = schedule.shift * torch.exp(self.mean + self.std * torch.special.ndtri(torch.from_numpy(u)))
+        return sigmas.clamp(schedule.sigma_min, schedule.sigma_max)
 
 
 class DiffusionLoss(BaseModel):
@@ -46,7 +50,7 @@ class DiffusionLoss(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     sigma: SigmaSampling = SigmaSampling()
-    weight: Literal["uniform", "min_snr"] = "uniform"
+    weight: Literal["uniform", "min_snr", "edm"] = "uniform"
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
 
 
@@ -96,10 +100,27 @@ class DiffusionObjective:
         denoiser = self.model.denoiser
         rows = sigma[:, None, None, None].to(x0.device, torch.float32)
         x = (x0 + rows * eps).contiguous(memory_format=torch.channels_last)
-        predicted = denoiser.network(x, sigma, self.model.condition(values, len(x0)))
+        predicted, share = denoiser.parts(denoiser.network(x, sigma, self.model.condition(values, len(x0))))
         target = denoiser.prediction.target(x0, eps, rows)
         weight = WEIGHTS[self.settings.weight](denoiser.prediction, sigma).to(x0.device, torch.float32)
-        return weight * (predicted - target).square().flatten(1).mean(1)
+        errors = weight * (predicted - target).square().flatten(1).mean(1)
+        if share is None:
+            return errors
+        out = denoiser.prediction.c_out(sigma)[:, None, None, None].to(x0.device, torch.float32)
+        return errors + BOUND_SHARE * self._bound(share, out * (predicted - target).detach(), sigma)
+
+    def _bound(self, share: Tensor, error: Tensor, sigma: Tensor) -> Tensor:
+        """The variational bound, bits per element, estimated from one step: that from `sigma` to a level below.
+
+        Steps below the first level are the decoder's, which has no learned variance, and count nothing.
+        """
+        schedule = self.model.denoiser.schedule
+        position = schedule.position(sigma.numpy())
+        inner = position >= 1
+        after = np.where(inner, schedule.at(np.maximum(position - 1, 0)), sigma.numpy() / 2)
+        rows = [torch.as_tensor(v)[:, None, None, None].to(share.device, torch.float32) for v in (sigma, after, inner)]
+        divergence = step_divergence(share, error, rows[0], rows[1]) * rows[2]
+        return schedule.steps * divergence.flatten(1).mean(1) / math.log(2)
 
     def loss(self, turn: str, batch: dict[str, Any], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the batch; sigma, noise and dropout are keyed by (seed, draw)."""
