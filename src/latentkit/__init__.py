@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from latentkit.applications.request import (
         Attachment,
         ClassToImage,
+        Guide,
         ImageToImage,
         Request,
         TextToImage,
@@ -27,6 +28,7 @@ _HOMES = {
     "latentkit.applications.request": (
         "Attachment",
         "ClassToImage",
+        "Guide",
         "ImageToImage",
         "Request",
         "TextToImage",
@@ -50,6 +52,7 @@ __all__ = [  # noqa: RUF022
     "Unconditional",
     "ImageToImage",
     "Attachment",
+    "Guide",
     "InputError",
 ]
 

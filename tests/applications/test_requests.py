@@ -1,6 +1,7 @@
 """Requests: what is asked, what the model suggests, what cannot be done."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from latentkit.applications.request import (
     FALLBACK,
     Attachment,
     ClassToImage,
+    Guide,
     ImageToImage,
     Request,
     TextToImage,
@@ -20,10 +22,16 @@ from latentkit.applications.request import (
     resolve,
     told,
 )
+from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError
 
 WORDS, CLASSES, NOTHING = tiny_model(), tiny_model(text=False, label=True), tiny_model(text=False)
+GUIDE = Guide("0" * 64, Model(WORDS))
+OTHER = Guide("1" * 64, Model(tiny_model(), name="other"))
+OTHER.model.network.first_stage.latent_std.mul_(2)  # type: ignore[union-attr]
+FLAT = tiny_model()
+FLAT.architecture = replace(FLAT.architecture, network=replace(FLAT.architecture.network, middle_depth=0))
 
 
 @pytest.fixture
@@ -37,17 +45,27 @@ def picture(tmp_path: Path) -> Path:
     ("fields", "message"),
     [
         ({"promt": "x"}, "'promt' is unknown; did you mean 'prompt'"),
-        ({"steps": "12"}, "steps: Input should be a valid integer"),
-        ({"steps": 0}, "greater than or equal to 1"),
-        ({"seed": -1}, "greater than or equal to 0"),
+        ({"steps": "12"}, "steps: must be a whole number"),
+        ({"steps": 0}, "must be at least 1"),
+        ({"seed": -1}, "must be at least 0"),
         ({"seed": 2**63}, "less than"),
         ({"strength": 0.0}, "greater than 0"),
-        ({"strength": 1.01}, "less than or equal to 1"),
+        ({"strength": 1.01}, "must be at most 1"),
         ({"guidance_scale": float("nan")}, "finite"),
         ({"width": 9000}, "8192"),
         ({"prompt": "x" * 10_001}, "10000"),
         ({"task": "text-to-video"}, "task"),
         ({"init": "/etc/passwd"}, "Attachment.read"),
+        ({"guidance_model": "/etc/passwd"}, "Guide.read"),
+        ({"guidance_kind": "cfg+"}, "must be 'cfg', 'cfg..' or 'apg'"),
+        ({"also": []}, "also"),
+        ({"also": [["x", 1.0]] * 9}, "also"),
+        ({"also": [["x", 1e3]]}, "also.0.1: must be at most 100"),
+        ({"also": [["x" * 2001, 1.0]]}, "also.0.0"),
+        ({"also": "x:1"}, "also: must be a list"),
+        ({"guidance_rescale": 1.1}, "must be at most 1"),
+        ({"threshold": 0.0}, "must be greater than 0"),
+        ({"pag_scale": -1.0}, "must be at least 0"),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
@@ -94,6 +112,25 @@ def test_the_task_is_told_by_what_is_given(picture: Path) -> None:
         (WORDS, TextToImage(prompt="x", spacing="karas"), "did you mean 'karras'"),
         (WORDS, TextToImage(prompt="x", steps=5000), "5000 sampler steps"),
         (WORDS, TextToImage(prompt="x", width=33), "multiples of 8"),
+        (WORDS, TextToImage(prompt="x", sampler="DPM++ 2M Karras", spacing="uniform"), "names the spacing 'karras'"),
+        (WORDS, Request(also=[["x", 1.0]]), "more prompts are asked for beside none"),
+        (WORDS, TextToImage(prompt="x", guidance_kind="cfg++", guidance_scale=1.5), "cfg.., whose scales are 0 to 1"),
+        (WORDS, TextToImage(prompt="x", guidance_kind="apg", guidance_scale=1.0), "kind 'apg' has no effect"),
+        (WORDS, TextToImage(prompt="x", guidance_rescale=0.5, guidance_scale=1.0), "rescale has no effect"),
+        (WORDS, TextToImage(prompt="x", guidance_model=GUIDE, guidance_scale=1.0), "a guidance model has no effect"),
+        (WORDS, TextToImage(prompt="x", guidance_model=GUIDE, negative="y"), "or the negative prompt; give one"),
+        (
+            WORDS,
+            TextToImage(prompt="x", guidance_model=Guide("2" * 64)),
+            "guidance model whose file has the sha256 2222",
+        ),
+        (NOTHING, Request(guidance_model=OTHER), "'other' was trained on other latents"),
+        (WORDS, TextToImage(prompt="x", guidance_model=OTHER), "'other' was trained on other latents"),
+        (WORDS, TextToImage(prompt="x", threshold=0.9), "is for models that draw pixels"),
+        (FLAT, TextToImage(prompt="x", pag_scale=1.0), "this model's middle has no attention"),
+        (WORDS, TextToImage(prompt="x", sampler="euler", eta=0.5), "takes no eta; these do: .*euler_ancestral"),
+        (WORDS, TextToImage(prompt="x", sampler="euler", churn=5.0), "takes no churn; these do: .*edm"),
+        (WORDS, TextToImage(prompt="x", sampler="euler_ancestral", eta=2.0), "eta 2 is asked of .*which takes 0 to 1"),
         (WORDS, Request(init=Attachment("0" * 64)), "needs the init picture whose pixels have the sha256 0000"),
     ],
 )

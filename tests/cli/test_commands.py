@@ -77,7 +77,7 @@ def test_every_option_reaches_the_request(run: Run, capsys: pytest.CaptureFixtur
     assert run("generate", "cat", *M, *options) == 0
     line, grid = (json.loads(text) for text in capsys.readouterr().out.splitlines())
     request = read(Path(line["path"]).read_bytes(), "x").request
-    got = request.model_dump(exclude={"init", "guidance_low", "guidance_high", "label"})
+    got = request.model_dump(exclude={"init", "guidance_low", "guidance_high"}, exclude_none=True)
     assert got == {
         "task": "image-to-image",
         "prompt": "cat",
@@ -104,6 +104,42 @@ def test_replay_makes_the_same_bytes_in_another_process(run: Run, capsys: pytest
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["again/green-apple-7-replay.png"]
     assert Path(done.stdout.strip()).read_bytes() == Path(picture).read_bytes()
+
+
+def test_every_option_of_guidance_reaches_the_request_and_is_replayed(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model("weak.safetensors", tiny_model(label=True), {})
+    options = (
+        "--seed 1 --also 'dog:-0.5' --also 'a: b' --guidance 3 --guidance-kind apg --guidance-rescale 0.7 "
+        "--guidance-low 0.1 --guidance-high 50 --pag 2 --sampler 'Euler a' --eta 0.5 --guidance-model weak.safetensors"
+    )
+    assert run("generate", "cat", *M, *shlex.split(options)) == 0
+    request = read(Path(capsys.readouterr().out.strip()).read_bytes(), "x").request
+    assert request.guidance_model is not None
+    assert request.guidance_model.digest == files.digest(Path("weak.safetensors"))
+    got = request.model_dump(exclude={"guidance_model", "task", "width", "height", "spacing"}, exclude_none=True)
+    assert got == {
+        "prompt": "cat",
+        "negative": "",
+        "also": (("dog", -0.5), ("a: b", 1.0)),
+        "seed": 1,
+        "steps": 3,
+        "sampler": "euler_ancestral",
+        "eta": 0.5,
+        "guidance_scale": 3.0,
+        "guidance_kind": "apg",
+        "guidance_rescale": 0.7,
+        "guidance_low": 0.1,
+        "guidance_high": 50.0,
+        "pag_scale": 2.0,
+    }
+    assert run("replay", "out/cat-1.png", *M, "--guidance-model", "tiny.safetensors") == 2
+    assert "tiny.safetensors is not the guidance model of out/cat-1.png" in capsys.readouterr().err
+    assert run("replay", "out/cat-1.png", *M) == 2
+    assert "needs the guidance model whose file has the sha256" in capsys.readouterr().err
+    assert run("replay", "out/cat-1.png", *M, "--guidance-model", "weak.safetensors") == 0
+    assert Path("out/cat-1-replay.png").read_bytes() == Path("out/cat-1.png").read_bytes()
 
 
 def test_replay_says_what_differs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +176,7 @@ def test_replay_of_image_to_image_asks_for_the_very_picture(run: Run, capsys: py
     assert run("replay", "out/cat-1.png", *M) == 2
     assert "needs the init picture" in capsys.readouterr().err
     assert run("replay", "out/cat-1.png", *M, "--init", "b.png") == 2
-    assert "b.png has pixels of sha256" in capsys.readouterr().err
+    assert "b.png is not the init of out/cat-1.png: its sha256 is" in capsys.readouterr().err
     assert run("replay", "out/cat-1.png", *M, "--init", "a.png") == 0
 
 
@@ -153,7 +189,10 @@ def test_replay_of_image_to_image_asks_for_the_very_picture(run: Run, capsys: py
         (["generate", "x", *M, "--sampler", "dpmpp"], 2, "sampler 'dpmpp' is unknown"),
         (["generate", "x", *M, "--size", "big"], 2, "not WIDTHxHEIGHT"),
         (["generate", "x", *M, "--size", "30"], 2, "multiples of"),
-        (["generate", "x", *M, "--strength", "2"], 2, "less than or equal to 1"),
+        (["generate", "x", *M, "--strength", "2"], 2, "must be at most 1"),
+        (["generate", "x", *M, "--guidance-kind", "cgf"], 2, "guidance_kind: must be"),
+        (["generate", "x", *M, "--also", "y:1000"], 2, "also.0.1: must be at most 100"),
+        (["generate", "x", *M, "--guidance-model", "tiny.safetensor"], 2, "did you mean 'tiny.safetensors'"),
         (["generate", "x", *M, "--init", "none.png"], 2, "none.png: cannot be read"),
         (["generate", "x", *M, "-o", "tiny.safetensors"], 2, "pictures cannot go to tiny.safetensors"),
         (["generate", "x", "-m", "broken.safetensors"], 1, "truncated"),

@@ -225,7 +225,7 @@ def test_momentum_advances_once_a_step_not_once_an_evaluation() -> None:
 def test_state_does_not_leak_between_runs_and_a_batch_equals_its_singles(name: str) -> None:
     def run(x: Tensor) -> Tensor:
         guided = with_(RULES[name](0.8 if name == "plus" else 4.0))
-        return [step.x for step in sample("heun", guided, 9 * x, SIGMAS, lambda step, purpose="step": x)][-1]
+        return [step.x for step in sample("heun", guided, 9 * x, SIGMAS, None)][-1]
 
     x = X.double()
     assert torch.equal(run(x), run(x))
@@ -303,9 +303,7 @@ def test_a_differentiable_guide_pulls_as_its_likelihood_does(sigma: float) -> No
 def test_a_whole_run_guided_by_an_exact_classifier_ends_in_its_class() -> None:
     start = 20 * torch.randn(64, 2, 1, 1, dtype=torch.float64)
     guided = classifier(mixture(CENTRES, 0.1), lambda x, s: _sharp(x, s), 1.0)
-    *_, last = sample(
-        "heun", guided, start, np.append(np.geomspace(20, 0.05, 40), 0.0), lambda step, purpose="step": start
-    )
+    *_, last = sample("heun", guided, start, np.append(np.geomspace(20, 0.05, 40), 0.0), None)
     assert (last.x - CENTRES[0]).square().mean().sqrt() < 0.15
 
 

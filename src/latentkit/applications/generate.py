@@ -9,7 +9,7 @@ from torch import Tensor
 from latentkit.applications import image_to_image
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
-from latentkit.applications.request import Request, ask, known, resolve, told
+from latentkit.applications.request import OPTIONS, Request, ask, known, resolve, told
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png, to_tiff
 from latentkit.diffusion.noise import PictureNoise
@@ -153,7 +153,9 @@ def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[t
     noise = PictureNoise([known(request.seed) for request in requests], shape)
     plan = APPLICATIONS[known(first.task)](network, requests, noise)
     steps, x = len(plan.sigmas) - 1, plan.x
-    for number, step in enumerate(sample(known(first.sampler), plan.denoise, x, plan.sigmas, noise.step), start=1):
+    options = {name: value for name in OPTIONS if (value := getattr(first, name)) is not None}
+    walk = sample(known(first.sampler), plan.denoise, x, plan.sigmas, noise, **options)
+    for number, step in enumerate(walk, start=1):
         x = step.x
         yield number, steps, step.x0
     pixels = plan.finish(x)

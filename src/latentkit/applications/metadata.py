@@ -102,11 +102,14 @@ def a1111(record: Record) -> str:
         "Model": record.model,
         "Class": request.label,
         "Denoising strength": request.strength,
+        "Eta": request.eta,
+        "Sigma churn": request.churn,
         "Version": f"latentkit {record.machine.latentkit}",
     }
     line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items() if value is not None)
     negative = [f"Negative prompt: {request.negative}"] if request.negative else []
-    return "\n".join([request.prompt or "", *negative, line])
+    prompts = [request.prompt or "", *(f"{words} :{weight:g}" for words, weight in request.also or ())]
+    return "\n".join([" AND ".join(prompts), *negative, line])
 
 
 def _quoted(value: str) -> str:

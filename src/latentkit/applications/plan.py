@@ -1,13 +1,13 @@
 """Plan: a batch of requests prepared for the sampler, and what every application prepares alike."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from latentkit.applications.request import Request, known
-from latentkit.diffusion.guidance import classifier_free
+from latentkit.applications.request import Guide, Request, known
+from latentkit.diffusion import guidance
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import Denoise
 from latentkit.diffusion.spacing import space
@@ -34,16 +34,70 @@ def sigmas_of(network: LatentDiffusion, request: Request) -> np.ndarray:
 
 
 def guided(network: LatentDiffusion, requests: Sequence[Request]) -> Denoise:
-    """The model told what the requests say, led away from their negatives."""
-    count, first = len(requests), requests[0]
-    prompts, labels = [request.prompt or "" for request in requests], [request.label for request in requests]
-    positive = network.condition({"text": prompts, "label": labels}, count)
-    alone, scale = network.denoiser.bind(positive), known(first.guidance_scale)
-    if scale == 1:
-        return alone
-    negative = network.condition({"text": [request.negative for request in requests]}, count)
-    both = network.denoiser.bind(Conditioning.cat([negative, positive]))
-    return classifier_free(both, alone, scale, (known(first.guidance_low), known(first.guidance_high)))
+    """The model told what the requests say, and guided as the first of them asks; made for one run."""
+    first, count = requests[0], len(requests)
+    asked = _told(network, requests)
+    told = [network.condition(asked, count)]
+    for words, _ in first.also or ():
+        name = "text" if "text" in network.conditioners else "label"
+        told.append(network.condition({**asked, name: [words] * count}, count))
+    alone = network.denoiser.bind(told[0])
+    steered = first.guidance_scale != 1 or first.guidance_kind == "cfg++"
+    pair = guidance.itself(alone)
+    if first.also or (steered and first.guidance_model is None):
+        weights = (1.0, *(weight for _, weight in first.also or ()))
+        joint = network.denoiser.bind(Conditioning.cat([_absent(network, requests), *told]))
+        pair = guidance.together(joint, weights)
+    if first.also:
+        alone = guidance.positive(pair)
+        pair = pair if steered else guidance.itself(alone)
+    if first.guidance_model is not None:
+        pair = guidance.apart(_weaker(first.guidance_model, asked, count), alone)
+    denoise = alone
+    if steered or first.pag_scale:
+        interval = known(first.guidance_low), known(first.guidance_high)
+        denoise = guidance.guide(pair, alone, _rule(network, first, told[0]), interval)
+    if first.threshold is None:
+        return denoise
+    return guidance.thresholded(denoise, first.threshold, network.first_stage.decode, network.first_stage.encode)
+
+
+def _rule(network: LatentDiffusion, request: Request, told: Conditioning) -> guidance.Rule:
+    """How the request wants two estimates made one."""
+    scale = known(request.guidance_scale)
+    rule = guidance.linear(scale)
+    if request.guidance_kind == "cfg++":
+        rule = guidance.plus(scale)
+    elif request.guidance_kind == "apg":
+        rule = guidance.projected(scale, sigmas_of(network, request))
+    if request.pag_scale:
+        rule = guidance.perturbed(rule, network.denoiser.bind(told, perturbed=True), request.pag_scale)
+    return guidance.rescaled(rule, request.guidance_rescale) if request.guidance_rescale else rule
+
+
+def _told(network: LatentDiffusion, requests: Sequence[Request]) -> dict[str, list[Any]]:
+    """What the requests say, by conditioner; what one does not say is absent."""
+    said = {"text": [request.prompt for request in requests], "label": [request.label for request in requests]}
+    return {name: _filled(network, name, values) for name, values in said.items() if name in network.conditioners}
+
+
+def _absent(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioning:
+    """The rows that guidance leads away from."""
+    words = [request.negative or None for request in requests]
+    values = {"text": _filled(network, "text", words)} if "text" in network.conditioners else {}
+    return network.condition(values, len(requests))
+
+
+def _filled(network: LatentDiffusion, name: str, values: list[Any]) -> list[Any]:
+    nothing = network.conditioner(name).absent(len(values))
+    return [other if value is None else value for value, other in zip(values, nothing)]
+
+
+def _weaker(guide: Guide, asked: dict[str, list[Any]], count: int) -> Denoise:
+    """The guidance model told the same, as far as it understands."""
+    network = known(guide.model).network
+    understood = {name: values for name, values in asked.items() if name in network.conditioners}
+    return network.denoiser.bind(network.condition(understood, count))
 
 
 def from_noise(network: LatentDiffusion, requests: Sequence[Request], noise: PictureNoise) -> Plan:

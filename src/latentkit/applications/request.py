@@ -3,16 +3,27 @@
 import hashlib
 import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+import torch
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    StringConstraints,
+    ValidationError,
+)
 
-from latentkit.checkpoints.files import invalid
+from latentkit.checkpoints.files import Model, invalid, load
 from latentkit.data.pictures import Picture, decode
-from latentkit.diffusion.samplers.driver import sampler
+from latentkit.diffusion.samplers.driver import split_name, table
 from latentkit.diffusion.spacing import space
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -29,7 +40,11 @@ FALLBACK = {
     "guidance_high": 1e9,
 }
 """Sampling settings of a model whose file names none."""
+OPTIONS = ("eta", "churn")
+"""Fields that go to the sampler as they are."""
 STRENGTH = 0.6
+CFG_PLUS_SCALE = 0.6
+"""Guidance scale of CFG++, whose scales end at 1, where none is asked for (Chung et al. 2024)."""
 MAX_PICTURE_BYTES = 1 << 28
 
 
@@ -57,15 +72,53 @@ class Attachment:
         return Attachment(content.hexdigest(), picture)
 
 
-def _attachment(value: Any) -> Attachment:
-    if isinstance(value, Attachment):
-        return value
-    if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
-        return Attachment(value)
-    raise ValueError("a picture is given as Attachment.read(path)")
+@dataclass(frozen=True)
+class Guide:
+    """A weaker model that guidance leads away from: the sha256 of its file, and the model where it is at hand.
+
+    Only the digest is ever written into a file or read from one.
+    """
+
+    digest: str
+    model: Model | None = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def read(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Guide":
+        """The model called `name` (see `load`); InputError where it cannot be used."""
+        model = load(name, device, dtype)
+        return Guide(model.digest, model)
 
 
-Attached = Annotated[Attachment, PlainValidator(_attachment), PlainSerializer(lambda value: value.digest)]
+def _by_digest(kind: type[T], how: str) -> Callable[[Any], T]:
+    """What takes a value of `kind`, or makes one of its digest; `how` says what else was to be given."""
+
+    def taken(value: Any) -> T:
+        if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
+            return kind(value)  # type: ignore[call-arg]
+        if isinstance(value, kind):
+            return value
+        raise ValueError(how)
+
+    return taken
+
+
+_DIGEST = PlainSerializer(lambda value: value.digest)
+Attached = Annotated[
+    Attachment, PlainValidator(_by_digest(Attachment, "a picture is given as Attachment.read(path)")), _DIGEST
+]
+Guiding = Annotated[Guide, PlainValidator(_by_digest(Guide, "a model is given as Guide.read(path)")), _DIGEST]
+
+
+def _pairs(value: Any) -> Any:
+    """Lists as the tuples that a request holds."""
+    return (
+        tuple(tuple(pair) if isinstance(pair, list) else pair for pair in value) if isinstance(value, list) else value
+    )
+
+
+Words = Annotated[str, StringConstraints(max_length=2_000)]
+Weight = Annotated[float, Field(ge=-100, le=100)]
+Weighted = Annotated[tuple[tuple[Words, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=8)]
 
 
 class Request(BaseModel):
@@ -78,6 +131,8 @@ class Request(BaseModel):
     prompt: str | None = Field(default=None, max_length=10_000)
     label: str | None = Field(default=None, max_length=1_000)
     """A class name."""
+    also: Weighted | None = None
+    """More prompts (or classes, of a model that knows only those), each with its weight; the first has weight 1."""
     negative: str = Field(default="", max_length=10_000)
     """What guidance leads away from."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
@@ -92,6 +147,20 @@ class Request(BaseModel):
     guidance_low: float | None = Field(default=None, ge=0)
     guidance_high: float | None = Field(default=None, gt=0)
     """Guidance works at the noise levels (sigmas) from low to high."""
+    guidance_kind: Literal["cfg", "cfg++", "apg"] | None = None
+    """None is "cfg": plain. "cfg++" has scales 0 to 1; "apg" bears high scales."""
+    guidance_rescale: float | None = Field(default=None, ge=0, le=1)
+    """Share of the contrast gained by guidance that is given back."""
+    guidance_model: Guiding | None = None
+    """A weaker model to lead away from, instead of the negative prompt: autoguidance."""
+    pag_scale: float | None = Field(default=None, ge=0, le=1000)
+    """Strength of perturbed-attention guidance."""
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    """Share of the values that dynamic thresholding leaves in range, for models that draw pixels."""
+    eta: float | None = Field(default=None, ge=0)
+    """Share of ancestral noise, of samplers that take it."""
+    churn: float | None = Field(default=None, ge=0)
+    """Temporary noise, of samplers that take it."""
     init: Attached | None = None
     """The picture that image-to-image starts from."""
     strength: float | None = Field(default=None, gt=0, le=1)
@@ -137,12 +206,25 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
     open_fields["task"] = request.task or _task(request)
     if request.init is not None:
         open_fields["strength"] = STRENGTH
-    if not network.conditioners:
+    if not network.conditioners and request.guidance_model is None:
         open_fields["guidance_scale"] = 1.0
+    if request.guidance_kind == "cfg++":
+        open_fields["guidance_scale"] = CFG_PLUS_SCALE
     filled = {name: value for name, value in open_fields.items() if getattr(request, name) is None}
+    if request.sampler is not None:
+        filled |= _names(request.sampler, request.spacing)
     full = request.model_copy(update=filled)
     _check(full, network)
     return full
+
+
+def _names(sampler: str, spacing: str | None) -> dict[str, str]:
+    """Our names of a sampler and, where its name says one too, of the spacing: "DPM++ 2M Karras" is two choices."""
+    name, implied = split_name(sampler)
+    if implied is not None and spacing not in (None, implied):
+        got = f"sampler {sampler!r} names the spacing {implied!r}, and spacing {spacing!r} is asked for too"
+        raise InputError(f"{got}; give one of them", exit_code=2)
+    return {"sampler": name} if implied is None else {"sampler": name, "spacing": implied}
 
 
 def _task(request: Request) -> Task:
@@ -170,19 +252,72 @@ def _check(request: Request, network: LatentDiffusion) -> None:
         if given and conditioner not in network.conditioners:
             instead = ", ".join(takes[name][0] for name in network.conditioners) or "no condition at all"
             raise InputError(f"this model takes no {given[0]}; it takes: {instead}", exit_code=2)
-    if request.guidance_scale != 1 and not network.conditioners:
+    if request.also and not (request.prompt or request.label):
+        raise InputError("more prompts are asked for beside none; give the first one too", exit_code=2)
+    _check_guidance(request, network)
+    entries = table()
+    for option in OPTIONS:
+        value, allowed = getattr(request, option), entries[known(request.sampler)].options.get(option)
+        if value is not None and allowed is None:
+            those = ", ".join(name for name, entry in entries.items() if option in entry.options)
+            raise InputError(f"sampler {request.sampler!r} takes no {option}; these do: {those}", exit_code=2)
+        if value is not None and allowed is not None and not allowed[0] <= value <= allowed[1]:
+            range_ = f"{allowed[0]:g} to {allowed[1]:g}"
+            raise InputError(
+                f"{option} {value:g} is asked of sampler {request.sampler!r}, which takes {range_}", exit_code=2
+            )
+    space(known(request.spacing), network.architecture.schedule, known(request.steps))
+    network.latent_shape(known(request.height), known(request.width))
+
+
+def _check_guidance(request: Request, network: LatentDiffusion) -> None:
+    """Every rule of the fields that guidance is asked for by."""
+    scale, kind, guide = known(request.guidance_scale), request.guidance_kind, request.guidance_model
+    if scale != 1 and not network.conditioners and guide is None:
         raise InputError(
-            f"guidance scale {request.guidance_scale} has nothing to guide: this model takes no condition; use 1",
+            f"guidance scale {scale} has nothing to guide: this model takes no condition; use 1, or give a "
+            "guidance model",
             exit_code=2,
         )
-    if request.negative and request.guidance_scale == 1:
-        raise InputError("a negative prompt has no effect at guidance scale 1; give another scale", exit_code=2)
+    if kind == "cfg++" and scale > 1:
+        raise InputError(f"guidance scale {scale} is asked for with cfg++, whose scales are 0 to 1", exit_code=2)
+    if scale == 1 and kind != "cfg++":
+        rescale = request.guidance_rescale if not request.pag_scale else None
+        idle = {"a negative prompt": request.negative, "a guidance model": guide, "guidance rescale": rescale}
+        for what, given in {**idle, f"guidance kind {kind!r}": kind}.items():
+            if given:
+                raise InputError(f"{what} has no effect at guidance scale 1; give another scale", exit_code=2)
     low, high = known(request.guidance_low), known(request.guidance_high)
     if low >= high:
         raise InputError(f"guidance is asked for at sigmas {low} to {high}; low must be below high", exit_code=2)
-    sampler(known(request.sampler))
-    space(known(request.spacing), network.architecture.schedule, known(request.steps))
-    network.latent_shape(known(request.height), known(request.width))
+    if guide is not None:
+        _check_guide(guide, request, network)
+    if request.pag_scale and not network.architecture.network.middle_depth:
+        raise InputError(
+            "perturbed attention has nothing to perturb: this model's middle has no attention", exit_code=2
+        )
+    if request.threshold is not None and network.first_stage.autoencoder is not None:
+        instead = "guidance rescale or guidance kind 'apg' tame high scales here"
+        raise InputError(
+            f"a threshold is for models that draw pixels, and this one draws latents; {instead}", exit_code=2
+        )
+
+
+def _check_guide(guide: Guide, request: Request, network: LatentDiffusion) -> None:
+    """A guidance model must be at hand and speak of the same latents."""
+    if request.negative:
+        raise InputError("guidance leads away from the guidance model or the negative prompt; give one", exit_code=2)
+    if guide.model is None:
+        missing = f"the guidance model whose file has the sha256 {guide.digest[:16]}..."
+        raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+    own, other = network.first_stage, guide.model.network.first_stage
+    shape = (own.latent_channels, own.downsampling) == (other.latent_channels, other.downsampling)
+    if not shape or not all(
+        torch.allclose(ours, theirs.to(ours), rtol=1e-3, atol=1e-3)
+        for ours, theirs in ((own.latent_mean, other.latent_mean), (own.latent_std, other.latent_std))
+    ):
+        got = f"guidance model {guide.model.name!r} was trained on other latents than this model"
+        raise InputError(f"{got}; take one of the same first stage", exit_code=2)
 
 
 def known(value: T | None) -> T:

@@ -25,6 +25,22 @@ def generate(
     ] = None,
     label: Annotated[str | None, typer.Option(help="Class to draw, for a model with classes.")] = None,
     negative: Annotated[str, typer.Option(help="What to lead away from.")] = "",
+    also: Annotated[
+        list[str] | None, typer.Option(help="PROMPT:WEIGHT, drawn along with each prompt (whose weight is 1).")
+    ] = None,
+    guidance_kind: Annotated[str | None, typer.Option(help="cfg, cfg++ (scales 0 to 1) or apg (high scales).")] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(help="Share of the contrast gained by guidance that is given back, 0 to 1.")
+    ] = None,
+    guidance_low: Annotated[float | None, typer.Option(help="Lowest noise level that is guided.")] = None,
+    guidance_high: Annotated[float | None, typer.Option(help="Highest noise level that is guided.")] = None,
+    guidance_model: Annotated[str | None, typer.Option(help="A weaker model to lead away from (autoguidance).")] = None,
+    pag: Annotated[float | None, typer.Option(help="Strength of perturbed-attention guidance; 0 is none.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Dynamic thresholding at this share of the values (models of pixels).")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(help="Share of ancestral noise, of samplers that take it.")] = None,
+    churn: Annotated[float | None, typer.Option(help="Temporary noise, of samplers that take it.")] = None,
     init: Annotated[Path | None, typer.Option(help="Picture to start from (image-to-image).")] = None,
     strength: Annotated[float | None, typer.Option(help="Share of the path done again from --init, 0 to 1.")] = None,
     exact: Annotated[
@@ -35,7 +51,7 @@ def generate(
 ) -> None:
     """Draw pictures. Prints the path of each; never writes over a file."""
     from latentkit.applications.generate import generate as run
-    from latentkit.applications.request import Attachment, ask
+    from latentkit.applications.request import Attachment, Guide, ask
     from latentkit.checkpoints.files import load
     from latentkit.cli.output import open_folder, show, slug, write_new
 
@@ -43,6 +59,7 @@ def generate(
     fields = {
         "label": label,
         "negative": negative,
+        "also": [_weighted(text) for text in also] if also else None,
         "seed": seed,
         "width": width,
         "height": height,
@@ -50,6 +67,15 @@ def generate(
         "spacing": spacing,
         "steps": steps,
         "guidance_scale": guidance,
+        "guidance_kind": guidance_kind,
+        "guidance_rescale": guidance_rescale,
+        "guidance_low": guidance_low,
+        "guidance_high": guidance_high,
+        "guidance_model": Guide.read(guidance_model) if guidance_model else None,
+        "pag_scale": pag,
+        "threshold": threshold,
+        "eta": eta,
+        "churn": churn,
         "init": Attachment.read(init) if init else None,
         "strength": strength,
     }
@@ -83,6 +109,15 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
         return int(width), int(height or width)
     except ValueError:
         raise InputError(f"size {text!r} is not WIDTHxHEIGHT in pixels, such as 64x48", exit_code=2) from None
+
+
+def _weighted(text: str) -> list[object]:
+    """Words and weight of "dog:0.5"; without a number behind the last colon the weight is 1."""
+    words, _, weight = text.rpartition(":")
+    try:
+        return [words, float(weight)] if words else [text, 1.0]
+    except ValueError:
+        return [text, 1.0]
 
 
 def _line(path: Path, data: bytes, request: dict[str, object]) -> str:

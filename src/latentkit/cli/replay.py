@@ -1,11 +1,15 @@
 """`latentkit replay`: draw a picture again from what it says of its own making."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from latentkit.errors import InputError
+
+if TYPE_CHECKING:
+    from latentkit.applications.metadata import Record
+    from latentkit.applications.request import Attachment, Guide
 
 LARGEST = 1 << 28
 
@@ -14,6 +18,7 @@ def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that latentkit drew.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model that drew it, unless shipped.")] = None,
     init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image).")] = None,
+    guidance_model: Annotated[str | None, typer.Option(help="The guidance model that it was drawn with.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture.")] = Path("out"),
 ) -> None:
     """Draw a picture again: the same bytes with the same model, versions, threads and kind of machine.
@@ -26,7 +31,7 @@ def replay(
 
     from latentkit.applications.generate import replay as run
     from latentkit.applications.metadata import read
-    from latentkit.applications.request import Attachment
+    from latentkit.applications.request import Attachment, Guide
     from latentkit.checkpoints.files import load, shipped
     from latentkit.cli.output import open_folder, show, write_new
     from latentkit.training.progress import say
@@ -34,19 +39,18 @@ def replay(
     original = _bytes(picture)
     record = read(original, str(picture))
     if init is not None:
-        attached = Attachment.read(init)
-        wanted = record.request.init.digest if record.request.init else "none"
-        if attached.digest != wanted:
-            got = f"{init} has pixels of sha256 {attached.digest[:16]}"
-            raise InputError(f"{got}; {picture} was drawn from {wanted[:16]}", exit_code=2)
-        record = record.model_copy(update={"request": record.request.model_copy(update={"init": attached})})
+        record = _given(record, "init", Attachment.read(init), str(init), picture)
     if model is None and record.model not in shipped():
         raise InputError(f"{picture} was drawn by {record.model!r}, which is not shipped; give it with -m", exit_code=2)
     there = record.machine
     device = "cuda" if there.device.startswith("cuda") and torch.cuda.is_available() else "cpu"
     if there.threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(there.threads)
-    loaded = load(model or record.model, device, getattr(torch, there.dtype))
+    dtype = getattr(torch, there.dtype)
+    loaded = load(model or record.model, device, dtype)
+    if guidance_model is not None:
+        guide = Guide.read(guidance_model, device, dtype)
+        record = _given(record, "guidance_model", guide, guidance_model, picture)
     differences = record.differences(loaded)
     for difference in differences:
         say(f"latentkit: {difference}")
@@ -59,6 +63,16 @@ def replay(
             why = "; ".join(differences) or "the file was changed, or this machine computes in another way"
             say(f"latentkit: the bytes differ from {picture}: {why}")
             raise typer.Exit(1)
+
+
+def _given(record: "Record", field: str, given: "Attachment | Guide", name: str, picture: Path) -> "Record":
+    """The record with what it names by its digest; InputError where `name` is not that."""
+    wanted = getattr(record.request, field)
+    if wanted != given:
+        kept = wanted.digest[:16] if wanted else "none"
+        got = f"{name} is not the {field.replace('_', ' ')} of {picture}"
+        raise InputError(f"{got}: its sha256 is {given.digest[:16]}, wanted is {kept}", exit_code=2)
+    return record.model_copy(update={"request": record.request.model_copy(update={field: given})})
 
 
 def _bytes(path: Path) -> bytes:

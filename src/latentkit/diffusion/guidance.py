@@ -47,6 +47,21 @@ def apart(negative: Denoise, positive: Denoise) -> Pair:
     return lambda x, sigma: (negative(x, sigma), positive(x, sigma))
 
 
+def itself(denoise: Denoise) -> Pair:
+    """Nothing is led away from: for rules that only add to the positive."""
+
+    def pair(x: Tensor, sigma: float) -> tuple[Denoised, Denoised]:
+        answer = denoise(x, sigma)
+        return answer, answer
+
+    return pair
+
+
+def positive(pair: Pair) -> Denoise:
+    """What `pair` leads to, alone."""
+    return lambda x, sigma: pair(x, sigma)[1]
+
+
 def guide(pair: Pair, alone: Denoise, rule: Rule, interval: tuple[float, float] = EVERYWHERE) -> Denoise:
     """What `rule` makes of `pair` while sigma lies in `interval`, else what `alone` says.
 
