@@ -171,3 +171,17 @@ def test_merging_keeps_masks_beside_their_tokens(masked_first: bool) -> None:
     mask = merge(parts if masked_first else parts[::-1]).mask
     assert mask is not None
     assert mask.tolist() == [[True, False, True] if masked_first else [True, True, False]]
+
+
+def test_joining_pads_shorter_contexts_with_tokens_that_do_not_count() -> None:
+    short, long = Conditioning(context=torch.ones(1, 2, 4)), Conditioning(context=torch.ones(1, 3, 4))
+    both = Conditioning.cat([short, long])
+    assert both.context is not None
+    assert both.mask is not None
+    assert both.context[0].sum(1).tolist() == [4, 4, 0]
+    assert both.mask.tolist() == [[True, True, False], [True, True, True]]
+    masked = Conditioning(context=torch.ones(1, 3, 4), mask=torch.tensor([[True, False, True]]))
+    again = Conditioning.cat([masked, short])
+    assert again.mask is not None
+    assert again.mask.tolist() == [[True, False, True], [True, True, False]]
+    assert Conditioning.cat([long, long]).mask is None

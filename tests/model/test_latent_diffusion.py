@@ -6,16 +6,22 @@ import pytest
 import torch
 
 from latentkit.errors import InputError
+from latentkit.model.conditioners.clip import ClipConfig
+from latentkit.model.conditioners.image import ImageConfig
 from latentkit.model.conditioners.label import LabelConfig
+from latentkit.model.conditioners.numbers import NumbersConfig
 from latentkit.model.conditioners.text import train_tokenizer
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.clip import ClipImageConfig, ClipTextConfig
+from latentkit.nets.layers import sinusoids
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
 
 NETWORK = UNetConfig(channels=32, multipliers=(1, 2), depth=(0, 1), blocks=1, heads=2)
 FIRST_STAGE = AutoencoderConfig(latent_channels=6, channels=16, multipliers=(1, 2), blocks=1, stem=2)
 TEXT = TextEncoderConfig(vocabulary=300, length=6, width=16, layers=1, heads=2)
+CLIP = ClipConfig((ClipTextConfig(width=16, layers=1, heads=2, projection=5),))
 STATE = {"text": {"tokenizer": train_tokenizer(["red heart", "pizza"], 280)}, "label": {"classes": ["cat", "dog"]}}
 BOTH = fit_network(Architecture(NETWORK, FIRST_STAGE, text=TEXT, label=LabelConfig(width=16)))
 
@@ -90,3 +96,38 @@ def test_a_size_that_does_not_fit_is_refused(model: LatentDiffusion, height: int
     with pytest.raises(InputError, match=f"size {width}x{height} does not fit.*multiples of 8") as error:
         model.latent_shape(height, width)
     assert error.value.exit_code == 2
+
+
+def test_a_model_has_one_text_encoder() -> None:
+    with pytest.raises(InputError, match="this one text and clip; keep one"):
+        Architecture(NETWORK, text=TEXT, clip=CLIP)
+
+
+@torch.no_grad()
+def test_all_conditioners_of_a_model_together_numbers_and_pictures_behind_the_text() -> None:
+    parts = Architecture(
+        NETWORK,
+        clip=CLIP,
+        label=LabelConfig(width=16, vector=False),
+        numbers=NumbersConfig((1.0, 2.0), 4),
+        image=ImageConfig(ClipImageConfig(size=8, patch=4, width=8, layers=1, heads=2, projection=3)),
+    )
+    architecture = fit_network(parts)
+    assert (architecture.network.context_width, architecture.network.vector_width) == (16, 5 + 8 + 6)
+    model = LatentDiffusion(architecture, {"label": {"classes": ["cat"]}}).eval()
+    assert list(model.conditioners) == ["text", "label", "numbers", "image"]
+    told = model.condition({"text": ["a cat"], "numbers": [(3.0, 4.0)]}, 1)
+    assert told.context is not None
+    assert told.vector is not None
+    assert told.context.shape == (1, 78, 16)
+    assert torch.equal(told.vector[0, 5:9], sinusoids(torch.tensor([3.0]), 4)[0])
+    assert not told.vector[0, 13:].any()
+    assert model.denoiser.bind(told)(torch.randn(1, 3, 8, 8), 1.0).x0.shape == (1, 3, 8, 8)
+    again = LatentDiffusion(architecture, model.state())
+    again.load_state_dict(model.state_dict())
+
+
+def test_a_network_with_a_table_of_classes_is_told_one_number() -> None:
+    network = replace(NETWORK, classes=10)
+    fitted = fit_network(Architecture(network, numbers=NumbersConfig((3.0,), None))).network
+    assert fitted.vector_width is None
