@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from latentkit.checkpoints.rename import Pair, given, prefixed, taken
 from latentkit.checkpoints.tower_names import (
-    Pair,
     bert_text,
-    given,
+    folder_pairs,
     hugging_face_image,
     hugging_face_text,
+    modern,
     open_clip_image,
     open_clip_text,
-    prefixed,
-    taken,
+    single_file_pairs,
+    unused,
 )
+from latentkit.errors import InputError
+from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.model.presets import PRESETS
 from latentkit.nets.clip import (
     VIT_BIGG_TEXT,
     VIT_H_IMAGE,
@@ -57,7 +61,9 @@ def one_to_one(pairs: Sequence[Pair], ours: nn.Module, theirs: dict[str, Tensor]
     """Every tensor of both sides is mapped once, and has the shape that the other side has for it."""
     assert sorted(pair.theirs for pair in pairs) == sorted(theirs)
     assert sorted(name for pair in pairs for name in pair.ours) == sorted(ours.state_dict())
-    assert shapes(taken(pairs, theirs)) == shapes(ours.state_dict())
+    state, complaints = taken(pairs, theirs, ours.state_dict())
+    assert not complaints, complaints.lines()
+    assert shapes(state) == shapes(ours.state_dict())
     assert shapes(given(pairs, ours.state_dict())) == shapes(theirs)
 
 
@@ -173,18 +179,91 @@ def test_open_clips_text_tower_is_what_diffusers_reads_it_as() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_changes_no_bit(pairs: list[Pair], ours: nn.Module, dtype: torch.dtype) -> None:
     named = prefixed(pairs, "theirs.", "ours.")
-    theirs = {
-        key: torch.randn(tensor.shape).to(dtype)
-        for key, tensor in given(named, {f"ours.{key}": value for key, value in ours.state_dict().items()}).items()
-    }
-    back = given(named, taken(named, theirs))
+    expected = {f"ours.{name}": value for name, value in ours.state_dict().items()}
+    theirs = {name: torch.randn(tensor.shape).to(dtype) for name, tensor in given(named, expected).items()}
+    state, complaints = taken(named, theirs, expected)
+    assert not complaints
+    back = given(named, state)
     assert back.keys() == theirs.keys()
-    assert all(torch.equal(back[key], theirs[key]) and back[key].is_contiguous() for key in theirs)
+    assert all(torch.equal(back[name], theirs[name]) and back[name].is_contiguous() for name in theirs)
 
 
-def test_a_missing_tensor_is_named() -> None:
-    with pytest.raises(KeyError, match="token_emb"):
-        taken(bert_text(TINY_BERT), {})
+ROOTS = {
+    "sd1.5": {"cond_stage_model.transformer.text_model.": 196},
+    "sd2.1": {"cond_stage_model.model.": 2 + 23 * 12 + 2},
+    "sdxl": {"conditioner.embedders.0.transformer.text_model.": 196, "conditioner.embedders.1.model.": 5 + 32 * 12},
+    "sdxl-refiner": {"conditioner.embedders.0.model.": 5 + 32 * 12},
+    "sd2.1-unclip-h": {"cond_stage_model.model.": 2 + 23 * 12 + 2, "embedder.model.visual.": 8 + 32 * 12},
+    "sd2.1-unclip-l": {"cond_stage_model.model.": 2 + 23 * 12 + 2, "embedder.model.visual.": 8 + 24 * 12},
+    "txt2img-1p4B": {"cond_stage_model.transformer.": 2 + 32 * 13 + 2},
+    "cin256-v2": {"cond_stage_model.embedding.weight": 1},
+}
+"""Beginnings of names of single files, and how many tensors of the conditioners have them."""
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_every_tensor_of_full_size_conditioners_has_its_place_in_a_single_file(name: str) -> None:
+    architecture = PRESETS[name].architecture
+    with torch.device("meta"):
+        model = LatentDiffusion(architecture, {"label": {"classes": list(map(str, range(1000)))}})
+    pairs = single_file_pairs(architecture)
+    ours = {key for key in model.state_dict() if key.startswith("conditioners.")}
+    assert sorted(name for pair in pairs for name in pair.ours) == sorted(ours - STATISTICS)
+    assert {r: sum(p.theirs.startswith(r) for p in pairs) for r in ROOTS[name]} == ROOTS[name]
+    assert sum(ROOTS[name].values()) == len(pairs) == len({pair.theirs for pair in pairs})
+    assert not any(unused(pair.theirs) for pair in pairs)
+
+
+STATISTICS = {"conditioners.image.mean", "conditioners.image.std"}
+
+
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [
+        ("sd1.5", ["text_encoder"]),
+        ("sdxl", ["text_encoder", "text_encoder_2"]),
+        ("sdxl-refiner", ["text_encoder_2"]),
+        ("sd2.1-unclip-l", ["text_encoder", "image_encoder", "image_normalizer"]),
+    ],
+)
+def test_every_tensor_of_full_size_conditioners_has_its_place_in_a_folder(name: str, folders: list[str]) -> None:
+    with torch.device("meta"):
+        model = LatentDiffusion(PRESETS[name].architecture, {})
+    found = folder_pairs(PRESETS[name].architecture)
+    assert list(found) == folders
+    ours = [name for name in model.state_dict() if name.startswith("conditioners.")]
+    assert sorted(name for pairs in found.values() for pair in pairs for name in pair.ours) == sorted(ours)
+
+
+@pytest.mark.parametrize(("name", "what"), [("txt2img-1p4B", "bert"), ("cin256", "label")])
+def test_what_a_folder_cannot_hold_is_named(name: str, what: str) -> None:
+    with pytest.raises(InputError, match=f"no place for this model's {what} conditioner"):
+        folder_pairs(PRESETS[name].architecture)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cond_stage_model.transformer.text_model.embeddings.position_ids",
+        "cond_stage_model.model.transformer.resblocks.23.ln_1.weight",
+        "cond_stage_model.model.text_projection",
+        "conditioner.embedders.1.model.logit_scale",
+        "embedder.model.token_embedding.weight",
+        "noise_augmentor.betas",
+        "cond_stage_model.transformer.to_logits.weight",
+    ],
+)
+def test_tensors_that_take_no_part_are_known(name: str) -> None:
+    assert unused(name)
+    assert not unused("x" + name.replace("position_ids", "position").replace("logit_scale", "x"))
+
+
+def test_names_of_other_versions_are_brought_up_to_date() -> None:
+    root = "cond_stage_model.transformer."
+    assert modern(root + "encoder.layers.0.x", root) == root + "text_model.encoder.layers.0.x"
+    assert modern("final_layer_norm.bias") == "text_model.final_layer_norm.bias"
+    for name in (root + "text_model.encoder.x", "first_stage_model.encoder.x", root + "token_emb.weight"):
+        assert modern(name, root) == name
 
 
 @torch.no_grad()
@@ -205,6 +284,8 @@ def test_the_2021_text_transformer_gives_what_the_original_gave() -> None:
     left = {key for key in tensors if key.startswith("sd.")} - {pair.theirs for pair in pairs}
     assert {key.split(".")[-2] for key in left} == {"to_logits"}
     ours = BertText(config).double().eval()
-    ours.load_state_dict({key: value.double() for key, value in taken(pairs, tensors).items()})
+    state, complaints = taken(pairs, tensors, ours.state_dict())
+    assert not complaints
+    ours.load_state_dict({name: value.double() for name, value in state.items()})
     difference = (ours(tensors["io.tokens"]) - tensors["io.y"]).abs().max()
     assert difference < 1e-10 * tensors["io.y"].abs().max()

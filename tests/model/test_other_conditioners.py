@@ -96,7 +96,7 @@ def test_too_few_numbers_are_refused() -> None:
 def test_noised_embeddings_are_those_of_diffusers(image: ImageConditioner, level: int) -> None:
     diffusers: Any = pytest.importorskip("diffusers")
     normalizer = diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer.StableUnCLIPImageNormalizer(10)
-    normalizer.load_state_dict({"mean": image.mean[None], "std": image.std[None]})
+    normalizer.load_state_dict({"mean": image.mean, "std": image.std})
     schedule = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
     parts = {"image_normalizer": normalizer, "image_noising_scheduler": schedule}
     noise, picture = torch.randn(10), torch.rand(3, 12, 12) * 2 - 1

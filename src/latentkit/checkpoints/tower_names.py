@@ -1,48 +1,37 @@
 """The names that other programs give the weights of text and image towers, generated from a tower's config.
 
-A `Pair` is one tensor of theirs and the tensors of ours that it holds. `taken` and `given` go one way and the other.
+Sources: transformers `modeling_clip.py`; OpenCLIP `transformer.py`; CompVis/latent-diffusion `x_transformer.py`;
+Stability-AI/generative-models `encoders/modules.py` and stablediffusion `modules.py` for the places in single files.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+import re
+from collections.abc import Iterable, Iterator
 
-import torch
-from torch import Tensor
-
+from latentkit.checkpoints.rename import Pair, prefixed
+from latentkit.errors import InputError
+from latentkit.model.latent_diffusion import Architecture
 from latentkit.nets.clip import ClipImageConfig, ClipTextConfig
 from latentkit.nets.towers import BertTextConfig
 
+UNUSED = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r".*\.position_ids",  # numbers 0 to 76
+        r".*\.(logit_scale|attn_mask)",
+        r"cond_stage_model\.model\.(transformer\.resblocks\.23\..*|text_projection)",  # behind SD 2's context
+        r"cond_stage_model\.transformer\.to_logits\..*",
+        r"embedder\.model\.(?!visual\.).*",  # the text tower beside unCLIP's image tower
+        r"noise_augmentor\..*",  # its schedule
+    )
+)
+"""Tensors of single files that belong to text and image towers and take no part in a picture."""
 
-class Pair(NamedTuple):
-    """A tensor of theirs, and those of ours that it holds one after another along its first axis."""
-
-    theirs: str
-    ours: tuple[str, ...]
-    transposed: bool = False
-    """Theirs is a matrix that multiplies from the other side."""
-
-
-def prefixed(pairs: Iterable[Pair], theirs: str, ours: str = "") -> list[Pair]:
-    """The pairs with a prefix before each side's names."""
-    return [Pair(theirs + p.theirs, tuple(ours + name for name in p.ours), p.transposed) for p in pairs]
-
-
-def taken(pairs: Iterable[Pair], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors, views of theirs; KeyError names a tensor that is missing."""
-    state: dict[str, Tensor] = {}
-    for theirs, ours, transposed in pairs:
-        tensor = tensors[theirs].T if transposed else tensors[theirs]
-        state |= zip(ours, tensor.chunk(len(ours)), strict=True)
-    return state
+ROOT = "cond_stage_model."
 
 
-def given(pairs: Iterable[Pair], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their tensors, contiguous."""
-    tensors: dict[str, Tensor] = {}
-    for theirs, ours, transposed in pairs:
-        tensor = torch.cat([state[name] for name in ours]) if len(ours) > 1 else state[ours[0]]
-        tensors[theirs] = (tensor.T if transposed else tensor).contiguous()
-    return tensors
+def unused(name: str) -> bool:
+    """Whether a tensor of a single file is one of `UNUSED`."""
+    return any(pattern.fullmatch(name) for pattern in UNUSED)
 
 
 def _layer(theirs: str, ours: str, kinds: Iterable[str] = ("weight", "bias")) -> Iterator[Pair]:
@@ -143,3 +132,54 @@ def bert_text(config: BertTextConfig) -> list[Pair]:
         pairs += _layer(f"{feed}.1.net.0.0", f"{ours}.feed_in")
         pairs += _layer(f"{feed}.1.net.2", f"{ours}.feed_out")
     return [*pairs, *_layer("norm", "norm_out")]
+
+
+def single_file_pairs(architecture: Architecture) -> list[Pair]:
+    """Every tensor of the conditioners in the single files of CompVis and Stability, prefixes included.
+
+    OpenAI's towers (quick_gelu) stand there as transformers names them, OpenCLIP's as OpenCLIP does.
+    """
+    pairs: list[Pair] = []
+    towers = architecture.clip.towers if architecture.clip else ()
+    for index, tower in enumerate(towers):
+        theirs = f"conditioner.embedders.{index}." if architecture.clip and architecture.clip.vector_width else ROOT
+        named = open_clip_text(tower) if tower.activation == "gelu" else hugging_face_text(tower)
+        place = "model." if tower.activation == "gelu" else "transformer."
+        pairs += prefixed(named, theirs + place, f"conditioners.text.towers.{index}.")
+    if architecture.bert:
+        pairs += prefixed(bert_text(architecture.bert), ROOT + "transformer.", "conditioners.text.encoder.")
+    if architecture.label:
+        pairs.append(Pair(ROOT + "embedding.weight", ("conditioners.label.embedding.weight",)))
+    if architecture.image:
+        theirs = "embedder.model." if architecture.image.slot == "vector" else ROOT + "model."
+        pairs += prefixed(open_clip_image(architecture.image.tower), theirs, "conditioners.image.tower.")
+    return pairs
+
+
+def modern(name: str, root: str = "") -> str:
+    """Today's name of a text tower's tensor below `root` that other versions write without `text_model.`.
+
+    Single files older than 2023 do (`root` "cond_stage_model.transformer."), and transformers since its version 5.6.
+    """
+    below = name.removeprefix(root)
+    flat = name.startswith(root) and below.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+    return f"{root}text_model.{below}" if flat else name
+
+
+def folder_pairs(architecture: Architecture) -> dict[str, list[Pair]]:
+    """Every tensor of the conditioners in a diffusers folder, by sub-folder; InputError for what it cannot hold."""
+    if architecture.bert or architecture.label or architecture.text:
+        what = next(name for name in ("text", "bert", "label") if getattr(architecture, name))
+        raise InputError(f"diffusers' layout has no place for this model's {what} conditioner; only for CLIP's towers")
+    folders: dict[str, list[Pair]] = {}
+    towers = architecture.clip.towers if architecture.clip else ()
+    for index, tower in enumerate(towers):
+        folder = "text_encoder" if tower.projection is None else "text_encoder_2"
+        folders[folder] = prefixed(hugging_face_text(tower), "", f"conditioners.text.towers.{index}.")
+    if architecture.image:
+        folders["image_encoder"] = prefixed(
+            hugging_face_image(architecture.image.tower), "", "conditioners.image.tower."
+        )
+        if architecture.image.slot == "vector":
+            folders["image_normalizer"] = [Pair(name, (f"conditioners.image.{name}",)) for name in ("mean", "std")]
+    return folders

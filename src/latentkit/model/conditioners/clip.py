@@ -86,8 +86,10 @@ class ClipConditioner(nn.Module):
     def learn(self, name: str, vectors: Sequence[Tensor]) -> None:
         """From now on `name` in a prompt stands for `vectors`, `n d` for each tower (Gal et al. 2022).
 
+        Of more than there are towers the last ones count: SD XL's refiner has only the second of two.
         InputError for vectors of another width or number than the towers take.
         """
+        vectors = vectors[-len(self.towers) :]
         shapes = [tuple(one.shape) for one in vectors]
         widths = [tower.width for tower in self.config.towers]
         count = shapes[0][0] if shapes and len(shapes[0]) == 2 else 0

@@ -57,7 +57,8 @@ class ImagePrompt(NamedTuple):
 class ImageConditioner(nn.Module):
     """Pictures to the vector slot or to the context slot; the absent picture is zeros.
 
-    `mean` and `std` standardise the embedding before noise is added, and are undone after (Ramesh et al. 2022, 2.1).
+    `mean` and `std` (`1 p`) standardise the embedding before noise is added, and are undone after (Ramesh et al. 2022,
+    section 2.1).
     """
 
     mean: Tensor
@@ -67,8 +68,8 @@ class ImageConditioner(nn.Module):
         super().__init__()
         self.config = config
         self.tower = ClipImage(config.tower)
-        self.register_buffer("mean", torch.zeros(config.tower.projection))
-        self.register_buffer("std", torch.ones(config.tower.projection))
+        self.register_buffer("mean", torch.zeros(1, config.tower.projection))
+        self.register_buffer("std", torch.ones(1, config.tower.projection))
 
     def from_batch(self, batch: dict[str, Any]) -> list[ImagePrompt | None]:
         """Refused: pictures are not conditions of training yet."""
