@@ -30,7 +30,8 @@ Prepare = Callable[[LatentDiffusion, Sequence[Request], PictureNoise], Plan]
 
 def sigmas_of(network: LatentDiffusion, request: Request) -> np.ndarray:
     """The noise levels of a resolved request."""
-    return space(known(request.spacing), network.architecture.schedule, known(request.steps))
+    made = network.architecture
+    return space(known(request.spacing), made.schedule, known(request.steps), made.searched)
 
 
 def guided(network: LatentDiffusion, requests: Sequence[Request]) -> Denoise:

@@ -266,7 +266,7 @@ def _check(request: Request, network: LatentDiffusion) -> None:
             raise InputError(
                 f"{option} {value:g} is asked of sampler {request.sampler!r}, which takes {range_}", exit_code=2
             )
-    space(known(request.spacing), network.architecture.schedule, known(request.steps))
+    space(known(request.spacing), network.architecture.schedule, known(request.steps), network.architecture.searched)
     network.latent_shape(known(request.height), known(request.width))
 
 

@@ -36,11 +36,12 @@ def application() -> typer.Typer:
     from latentkit.cli.data import app as data
     from latentkit.cli.generate import generate
     from latentkit.cli.replay import replay
+    from latentkit.cli.search_spacing import search_spacing
     from latentkit.cli.train import fit, train
 
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(options)
-    for command in (generate, replay, fit, train):
+    for command in (generate, replay, fit, train, search_spacing):
         app.command()(command)
     app.add_typer(data, name="data")
     return app
