@@ -28,7 +28,7 @@ def norm(channels: int) -> nn.GroupNorm:
     return module
 
 
-@pytest.mark.parametrize("portion", [1, 1 << 19])
+@pytest.mark.parametrize("portion", [1, 700, 1 << 19])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("modulated", [True, False])
 def test_norm_has_the_values_and_gradients_of_float64(

@@ -63,15 +63,22 @@ class _ChannelsLastNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
         """(x - mean) / std * weight + bias, mean and std of a group's channels and pixels (Wu & He 2018)."""
         y, mean, rate = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        for x_, y_, weight_, bias_, mean_, rate_ in _portions(x, y, weight, bias, mean, rate):
-            pixels = x_.float()
-            square = pixels * pixels
-            mean_.copy_(_group_mean(pixels.mean(1), groups))
-            variance = _group_mean(square.mean(1), groups) - mean_ * mean_
+        count = x[0, 0].numel()
+        for x_, y_, weight_, bias_, mean_, rate_ in _rows(x, y, weight, bias, mean, rate):
+            total, squares = torch.zeros_like(mean_), torch.zeros_like(mean_)
+            for (part,) in _pieces(x_):
+                pixels = part.float()
+                total += pixels.sum(1)
+                squares += (pixels * pixels).sum(1)
+            mean_.copy_(_group_mean(total / count, groups))
+            variance = _group_mean(squares / count, groups) - mean_ * mean_
             torch.rsqrt(variance.clamp_min_(0).add_(eps), out=rate_)
             scale = rate_ * weight_
-            z = torch.addcmul((bias_ - mean_ * scale)[:, None], pixels, scale[:, None], out=square)
-            y_.copy_(F.silu(z, inplace=True) if silu else z)
+            shift = bias_ - mean_ * scale
+            for part, written in _pieces(x_, y_):
+                pixels = pixels if part.shape == x_.shape else part.float()
+                z = torch.addcmul(shift[:, None], pixels, scale[:, None], out=pixels)
+                written.copy_(F.silu(z, inplace=True) if silu else z)
         ctx.save_for_backward(x, weight, bias, mean, rate)
         ctx.groups, ctx.silu = groups, silu
         return y
@@ -81,31 +88,48 @@ class _ChannelsLastNorm(torch.autograd.Function):
         """The gradients by x, weight and bias."""
         x, weight, *statistics = ctx.saved_tensors
         by_x, by_weight, by_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        tables = weight, *statistics, by_weight, by_bias
-        for x_, slope_, by_x_, weight_, bias_, mean, rate, by_weight_, by_bias_ in _portions(
-            x, gradient, by_x, *tables
-        ):
-            pixels, slope = x_.float(), slope_.float()
-            scale = rate * weight_
-            z = torch.addcmul((bias_ - mean * scale)[:, None], pixels, scale[:, None])
+        count = x[0, 0].numel()
+
+        def of_part(part: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+            """Pixels and the gradient by what went into SiLU, float32."""
+            pixels, slope = part.float(), slope.float()
             if ctx.silu:
+                z = torch.addcmul(shift[:, None], pixels, scale[:, None])
                 torch.ops.aten.silu_backward.grad_input(slope, z, grad_input=slope)
-            level, tilt = slope.mean(1), torch.mul(slope, pixels, out=z).mean(1)
-            a, b = _group_mean(level * weight_, ctx.groups), _group_mean(tilt * weight_, ctx.groups)
+            return pixels, slope
+
+        tables = weight, *statistics, by_weight, by_bias
+        for x_, slope_, by_x_, weight_, bias_, mean, rate, by_weight_, by_bias_ in _rows(x, gradient, by_x, *tables):
+            scale = rate * weight_
+            shift = bias_ - mean * scale
+            level, tilt = torch.zeros_like(mean), torch.zeros_like(mean)
+            for part, slope in _pieces(x_, slope_):
+                pixels, slope = of_part(part, slope)
+                level += slope.sum(1)
+                tilt += (slope * pixels).sum(1)
+            a, b = (_group_mean(total * weight_ / count, ctx.groups) for total in (level, tilt))
             linear = (a * mean - b) * rate**3
             constant = -linear * mean - a * rate
-            pixels = torch.addcmul(constant[:, None], pixels, linear[:, None], out=pixels)
-            by_x_.copy_(pixels.addcmul_(slope, scale[:, None]))
-            torch.mul((tilt - level * mean) * rate, pixels.shape[1], out=by_weight_)
-            torch.mul(level, pixels.shape[1], out=by_bias_)
+            for part, given, written in _pieces(x_, slope_, by_x_):
+                pixels, slope = (pixels, slope) if part.shape == x_.shape else of_part(part, given)
+                pixels = torch.addcmul(constant[:, None], pixels, linear[:, None], out=pixels)
+                written.copy_(pixels.addcmul_(slope, scale[:, None]))
+            torch.mul(tilt - level * mean, rate, out=by_weight_)
+            by_bias_.copy_(level)
         return by_x, by_weight, by_bias, None, None, None
 
 
-def _portions(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some rows of each at a time, so few that float32 copies stay in the cache; `b c h w` comes as `b (h w) c`."""
     rows = max(1, PORTION // tensors[0][0].numel())
     tables = (t.permute(0, 2, 3, 1).flatten(1, 2) if t.ndim == 4 else t for t in tensors)
     return zip(*(table.split(rows) for table in tables), strict=True)
+
+
+def _pieces(*tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some pixels of each `b n c` at a time, for the same reason; all of them where they are few."""
+    pixels = max(1, PORTION // (tables[0].shape[0] * tables[0].shape[2]))
+    return zip(*(table.split(pixels, 1) for table in tables), strict=True)
 
 
 def _group_mean(values: Tensor, groups: int) -> Tensor:
