@@ -3,13 +3,15 @@
 import itertools
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from latentkit.errors import InputError
 from latentkit.nets.attention import PixelAttention
-from latentkit.nets.bottleneck import Codebook, Posterior, certain, posterior
+from latentkit.nets.bottleneck import Codebook, Levels, Posterior, certain, exact, posterior
 from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, group_norm, laid_out, normalised
 
 
@@ -34,7 +36,12 @@ class AutoencoderConfig:
     attention_levels: int = 0
     """Last levels that have an attention over pixels after each residual block, too."""
     codes: int | None = None
-    """Entries of the codebook that latents are rounded to before they are decoded; None: the KL bottleneck."""
+    """Entries of the codebook that latents are rounded to before they are decoded."""
+    levels: tuple[int, ...] | None = None
+    """Values that each latent channel is rounded to before it is decoded (finite scalar quantisation)."""
+    variance: bool = True
+    """The encoder ends in mean and log-variance (the KL bottleneck), where there are no codes and no levels; false: in
+    the latents alone (the identity)."""
 
     def __post_init__(self) -> None:
         for name in ("picture_channels", "latent_channels", "channels", "blocks"):
@@ -50,6 +57,13 @@ class AutoencoderConfig:
             )
         if self.codes is not None and self.codes < 1:
             raise InputError(f"autoencoder codes is {self.codes}; give at least 1, or none for the KL bottleneck")
+        if self.levels is not None and (len(self.levels) != self.latent_channels or min(self.levels) < 2):
+            raise InputError(
+                f"autoencoder levels are {self.levels}; give one number of at least 2 for each of the "
+                f"{self.latent_channels} latent channels"
+            )
+        if self.codes and self.levels:
+            raise InputError("an autoencoder rounds its latents to codes or to levels; leave out one of them")
 
     @property
     def downsampling(self) -> int:
@@ -58,8 +72,13 @@ class AutoencoderConfig:
 
     @property
     def encoded_channels(self) -> int:
-        """Channels that the encoder ends in: mean and log-variance, or what a codebook rounds."""
-        return self.latent_channels if self.codes else 2 * self.latent_channels
+        """Channels that the encoder ends in: mean and log-variance, or the latents alone."""
+        return 2 * self.latent_channels if self.has_posterior else self.latent_channels
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether latents are drawn from a posterior (the KL bottleneck)."""
+        return self.variance and not self.codes and not self.levels
 
 
 def _block(c_in: int, c_out: int) -> ResidualBlock:
@@ -74,11 +93,13 @@ class Level(nn.Module):
         self.blocks = nn.ModuleList(_block(c_in, c_out) for c_in, c_out in itertools.pairwise(widths))
         self.attentions = nn.ModuleList(PixelAttention(width) for width in widths[1:] if attention)
         self.resample = resample
+        self.checkpointing = False  # keep the blocks' inputs only, and compute the rest again on the way back
 
     def forward(self, x: Tensor) -> Tensor:
         """`b c_in h w -> b c_out h' w'`."""
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            saving = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, use_reentrant=False) if saving else block(x)
             if self.attentions:
                 x = self.attentions[index](x)
         return x if self.resample is None else self.resample(x)
@@ -159,7 +180,7 @@ class Decoder(nn.Module):
 class Autoencoder(nn.Module):
     """Encoder, bottleneck, decoder (Rombach et al. 2022, section 3.1 and appendix G).
 
-    With a codebook the latents are what comes before rounding, and `decode` rounds (section 3.1, VQ-reg).
+    With codes or levels the latents are what comes before rounding, and `decode` rounds (section 3.1, VQ-reg).
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:
@@ -169,13 +190,14 @@ class Autoencoder(nn.Module):
         self.encoder = Encoder(config)
         self.to_moments = nn.Conv2d(config.encoded_channels, config.encoded_channels, 1)
         self.codebook = Codebook(config.codes, z) if config.codes else None
+        self.levels = Levels(config.levels) if config.levels else None
         self.from_latent = nn.Conv2d(z, z, 1)
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Float[Tensor, "b c h w"]) -> Posterior:
         """Pixels in [-1, 1] to the posterior over raw latents; height and width multiples of the downsampling.
 
-        Latents before a codebook are certain.
+        Latents are certain where the encoder ends in them alone, and within [-1, 1] before levels.
         """
         factor, channels = self.config.downsampling, self.config.picture_channels
         if pixels.shape[1] != channels or pixels.shape[2] % factor or pixels.shape[3] % factor:
@@ -184,8 +206,20 @@ class Autoencoder(nn.Module):
                 f"it takes {channels} channels and sides that are multiples of {factor}"
             )
         moments = self.to_moments(self.encoder(pixels))
-        return posterior(moments) if self.codebook is None else certain(moments)
+        if self.config.has_posterior:
+            return posterior(moments)
+        return certain(moments if self.levels is None else self.levels.bound(exact(moments)))
 
     def decode(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c hp wp"]:
         """Raw latents to pixels, about [-1, 1], not clamped."""
-        return self.decoder(self.from_latent(z if self.codebook is None else self.codebook(z)))
+        rounding = self.codebook or self.levels
+        return self.decode_rounded(z if rounding is None else rounding(z))
+
+    def decode_rounded(self, z: Float[Tensor, "b z h w"]) -> Float[Tensor, "b c hp wp"]:
+        """As `decode`, of latents that were rounded already."""
+        return self.decoder(self.from_latent(z))
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Trade time for memory in training: `Level.checkpointing` of every level."""
+        for level in (*self.encoder.levels, *self.decoder.levels):
+            level.checkpointing = on

@@ -1,12 +1,15 @@
-"""What lies between encoder and decoder: a diagonal Gaussian posterior pulled towards N(0, I), or a codebook."""
+"""What lies between encoder and decoder: a posterior pulled towards N(0, I), a codebook, levels, or nothing."""
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 NEARLY_NOTHING = -30.0
 """The log-variance of a latent that is certain."""
+EDGE = 0.001
+"""How far beyond the outermost level a bounded latent can come, in levels: there it has a gradient still."""
 
 
 class Posterior(NamedTuple):
@@ -24,15 +27,20 @@ class Posterior(NamedTuple):
         return 0.5 * (self.mean**2 + self.log_variance.exp() - 1 - self.log_variance).mean()
 
 
+def exact(x: Tensor) -> Tensor:
+    """`x` in float32, or float64 where it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def posterior(moments: Tensor) -> Posterior:
-    """Split `b 2c h w` into a posterior, computed in float32, log-variance clamped to [-30, 20]."""
-    mean, log_variance = moments.float().chunk(2, dim=1)
+    """Split `b 2c h w` into a posterior, computed in float32 at least, log-variance clamped to [-30, 20]."""
+    mean, log_variance = exact(moments).chunk(2, dim=1)
     return Posterior(mean, torch.clamp(log_variance, NEARLY_NOTHING, 20.0))
 
 
 def certain(latents: Tensor) -> Posterior:
-    """The posterior of latents without noise, float32."""
-    mean = latents.float()
+    """The posterior of latents without noise, float32 at least."""
+    mean = exact(latents)
     return Posterior(mean, torch.full_like(mean, NEARLY_NOTHING))
 
 
@@ -48,12 +56,49 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Index of the nearest code of each cell: `b c h w -> b h w`."""
-        exact = torch.promote_types(self.vectors.dtype, torch.float32)
-        cells, vectors = z.movedim(1, -1).flatten(0, 2).to(exact), self.vectors.to(exact)
+        cells, vectors = exact(z.detach().movedim(1, -1).flatten(0, 2)), exact(self.vectors.detach())
         size = vectors.square().sum(1)
         found = [(size - 2 * rows @ vectors.T).argmin(1) for rows in cells.split(self.ROWS)]
         return torch.cat(found).view(z.shape[0], *z.shape[2:])
 
     def forward(self, z: Tensor) -> Tensor:
-        """The codes themselves: `b c h w -> b c h w`."""
-        return self.vectors[self.nearest(z)].movedim(-1, 1)
+        """The codes themselves, `b c h w -> b c h w`; their gradient goes to `z` as it is."""
+        return straight_through(z, self.vectors[self.nearest(z)].movedim(-1, 1))
+
+    def errors(self, z: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean squared distance of latents to their codes, twice: its gradient goes to the codes, or to the latents."""
+        codes = F.embedding(index, self.vectors).movedim(-1, 1)
+        return (codes - z.detach()).square().mean(), (z - codes.detach()).square().mean()
+
+
+class Levels(nn.Module):
+    """Rounds channel i of a latent in [-1, 1] to `levels[i]` values (finite scalar quantisation, Mentzer et al. 2023).
+
+    An even number has one value more below zero than above.
+    """
+
+    def __init__(self, levels: tuple[int, ...]) -> None:
+        super().__init__()
+        self.levels = levels
+
+    def bound(self, z: Tensor) -> Tensor:
+        """Any latents `b c h w` to within the outermost values, zero to zero (section 3 there)."""
+        half, shift = self._measures(z)
+        edge = half + EDGE
+        return (torch.tanh(z + torch.atanh(shift / edge)) * edge - shift) / (half + shift)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """The nearest values, `b c h w -> b c h w`; their gradient goes to `z` as it is."""
+        half, shift = self._measures(z)
+        scale = half + shift
+        return straight_through(z, torch.clamp((z * scale).round(), -scale, half - shift) / scale)
+
+    def _measures(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Half the distance of the outermost values, in levels, and how far below 0 its middle is: `c 1 1` each."""
+        counts = torch.tensor(self.levels, dtype=like.dtype, device=like.device)[:, None, None]
+        return (counts - 1) / 2, (counts % 2 == 0) * 0.5
+
+
+def straight_through(z: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, exactly, with the gradient of `z` (Bengio et al. 2013)."""
+    return rounded.detach() + (z - z.detach()) if z.requires_grad else rounded

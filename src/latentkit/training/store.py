@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentkit.errors import InputError
-from latentkit.training.progress import say
+from latentkit.training.progress import warn
 
 FORMAT = 1
 WAITS = (0.1, 0.3, 1.0)  # seconds before each further try of a failed write
@@ -196,7 +196,13 @@ class Store:
             for old in self.steps()[: -self.keep]:
                 self._discard(self.path(old))
         except OSError as error:
-            say(f"could not remove an old checkpoint: {error}")
+            warn(f"could not remove an old checkpoint: {error}")
+
+    def forget(self, after: int) -> None:
+        """Remove the checkpoints of steps later than `after`."""
+        for step in self.steps():
+            if step > after:
+                persist(self.calls, f"the removal of {self.path(step)}", partial(self._discard, self.path(step)))
 
     def load(self) -> Checkpoint | None:
         """The newest checkpoint that verifies, or None for a fresh run; damaged ones are renamed to `.bad`, loudly.
@@ -208,7 +214,7 @@ class Store:
                 return self.read(step)
             except Damaged as error:
                 bad = persist(self.calls, f"the name of {self.path(step)}", partial(self._quarantine, step))
-                say(f"CHECKPOINT DAMAGED: {error}. Renamed to {bad.name}; trying the one before.")
+                warn(f"CHECKPOINT DAMAGED: {error}. Renamed to {bad.name}; trying the one before.")
         damaged = sorted(entry.name for entry in self.folder.glob("step-*.bad*"))
         if damaged:
             raise InputError(

@@ -10,16 +10,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from latentkit import __version__
 from latentkit.errors import InputError
 from latentkit.training import distributed
+from latentkit.training.collapse import Collapse
 from latentkit.training.ema import Averaging, Ema
 from latentkit.training.interrupt import Interrupt
 from latentkit.training.optimizers import Optimiser, Stepper
-from latentkit.training.progress import Progress, say
+from latentkit.training.progress import Progress, say, warn
 from latentkit.training.run_folder import RunFolder
-from latentkit.training.store import Checkpoint, SaveError, Tables, persist
+from latentkit.training.store import Checkpoint, Damaged, SaveError, Store, Tables, persist
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient before the run stops
+MOST_ATTEMPTS = 2  # returns to a checkpoint from before a collapse before the run stops
 
 
 class Schedule(BaseModel):
@@ -61,6 +64,11 @@ class Trainer:
 
     `batches(step)` gives, from that step on, the lists of this rank's micro-batches. `optimiser` is one for all turns
     or one for each. The averages are those of the first turn's parameters.
+
+    An objective may also have: `shared`, names of tensors that are kept from step to step; `summed`, names of what its
+    losses leave to be added up over the global batch, for `settle(turn, step, sums, shared)` after the turn's weights
+    moved, which returns what to log; `active(turn, step)`; `doubtful(shared)`, when nothing is saved; and `attempt`,
+    the number of returns to an earlier checkpoint after a `Collapse`.
     """
 
     def __init__(
@@ -86,6 +94,7 @@ class Trainer:
         self.module: nn.Module = objective.module.to(self.device).to(memory_format=torch.channels_last)
         self.turns: dict[str, list[tuple[str, nn.Parameter]]] = objective.turns()
         self.kept: Sequence[str] = getattr(objective, "shared", ())
+        self.summed: Sequence[str] = getattr(objective, "summed", ())
         elementwise = getattr(objective, "elementwise", None)
         self.optimisers = {
             turn: Stepper(parameters, optimiser[turn] if isinstance(optimiser, Mapping) else optimiser, elementwise)
@@ -114,13 +123,18 @@ class Trainer:
             with self.progress:
                 while self.step < self.schedule.steps:
                     self.progress.begin()
-                    loss = self._step([_moved(batch, self.device) for batch in next(stream)])
+                    try:
+                        loss = self._step([_moved(batch, self.device) for batch in next(stream)])
+                    except (Collapse, NotFinite) as error:
+                        self._return(error)
+                        stream = self.batches(self.step)
+                        continue
                     self.progress.update(self.step, loss)
                     self._report()
                     signal = distributed.largest(interrupt.signal)
                     last = signal > 0 or self.step == self.schedule.steps
-                    if last or self.step % self.schedule.save_every == 0:
-                        self._save(last)
+                    if last or self.step % self.schedule.save_every == 0 or self._begins():
+                        self.save(last)
                     if signal:
                         say(f"stopped by signal {signal} after step {self.step}; run the same command to go on")
                         raise SystemExit(128 + signal)
@@ -136,14 +150,17 @@ class Trainer:
     def _step(self, batches: list[dict[str, Any]]) -> float:
         """One step of every turn; returns the first turn's loss over the global batch."""
         # Dropout is a function of (seed, step, rank), whatever ran before: no generator's state has to be kept.
-        torch.manual_seed(((self.seed * 1_000_003 + self.step) * 65_537 + self.world.rank) % 2**63)
+        seed = self.seed + 7_919 * getattr(self.objective, "attempt", 0)
+        torch.manual_seed(((seed * 1_000_003 + self.step) * 65_537 + self.world.rank) % 2**63)
         before = dict(self.shared)
         handed: list[dict[str, Tensor]] = [{} for _ in batches]
         values: dict[str, list[float]] = {}
         first = math.nan
         for turn, stepper in self.optimisers.items():
+            if not self._active(turn, self.step):
+                continue
             prefix = f"{turn}/" if len(self.turns) > 1 else ""
-            loss, norm, logs = self._gradients(turn, batches, handed)
+            loss, norm, logs, sums = self._gradients(turn, batches, handed)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 self.shared = before
                 self._skip(turn, loss, norm, batches)
@@ -154,6 +171,9 @@ class Trainer:
             stepper.step(self.rate(turn))
             for _, parameter in self.turns[turn]:
                 parameter.grad = None
+            if self.summed:
+                settled = self.objective.settle(turn, self.step, sums, self.shared)
+                logs |= {name: [value, 1.0] for name, value in settled.items()}
             values |= {prefix + name: pair for name, pair in logs.items()}
             values |= {f"{prefix}loss": [loss, 1.0], f"{prefix}grad_norm": [norm, 1.0]}
             first = loss if math.isnan(first) else first
@@ -168,10 +188,10 @@ class Trainer:
 
     def _gradients(
         self, turn: str, batches: list[dict[str, Any]], handed: list[dict[str, Tensor]]
-    ) -> tuple[float, float, dict[str, list[float]]]:
+    ) -> tuple[float, float, dict[str, list[float]], dict[str, Tensor]]:
         """Leave a turn's gradients, of the mean over the global batch, in its parameters.
 
-        Returns that mean, the gradients' norm, and this rank's logs as [weighted sum, weight].
+        Returns that mean, the gradients' norm, this rank's logs as [weighted sum, weight], and the global batch's sums.
         """
         if len(self.turns) > 1:
             for other, parameters in self.turns.items():
@@ -180,6 +200,7 @@ class Trainer:
         bf16 = self.schedule.precision == "bf16"
         total = torch.zeros((), device=self.device)
         sums: dict[str, tuple[Tensor, float]] = {}
+        added: dict[str, Tensor] = {}
         for batch, shared in zip(batches, handed, strict=True):
             weight = len(batch["draw"]) / self.schedule.batch
             shared |= self.shared
@@ -188,6 +209,10 @@ class Trainer:
             (loss * weight).backward()
             total += loss.detach() * weight
             self.shared = {name: shared[name].detach() for name in self.kept if name in shared}
+            for name in self.summed:
+                if name in shared:
+                    part = shared.pop(name).detach().float()
+                    added[name] = added[name] + part if name in added else part
             for name, value in logs.items():
                 sum_before, weight_before = sums.get(name, (0.0, 0.0))
                 sums[name] = (sum_before + value.detach().float() * weight, weight_before + weight)
@@ -196,11 +221,11 @@ class Trainer:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
-        distributed.sum_([*gradients, total])
+        distributed.sum_([*gradients, total, *added.values()])
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         host = torch.stack([total, norm, *(value for value, _ in sums.values())]).tolist()
         logged = {name: [value, weight] for (name, (_, weight)), value in zip(sums.items(), host[2:], strict=True)}
-        return host[0], host[1], logged
+        return host[0], host[1], logged, added
 
     def _skip(self, turn: str, loss: float, norm: float, batches: list[dict[str, Any]]) -> None:
         """Count and record a step whose loss or gradient is not finite; raises NotFinite after ten in a row."""
@@ -214,12 +239,48 @@ class Trainer:
         self.run.log(self.step, {"skipped": self.skipped, "turn": turn, "loss": loss, "grad_norm": norm, "index": used})
         if self.world.main:
             row = self.skipped_in_a_row
-            say(f"step {self.step} skipped, {row} in a row: {turn} has loss {loss}, gradient norm {norm}")
+            warn(f"step {self.step} skipped, {row} in a row: {turn} has loss {loss}, gradient norm {norm}")
         if self.skipped_in_a_row >= MOST_SKIPPED:
             raise NotFinite(
                 f"loss or gradient was not finite {MOST_SKIPPED} times in a row, up to step {self.step}: stopped. The "
                 f"pictures of each skipped step are in metrics.jsonl. {self._advice()}"
             )
+
+    def _active(self, turn: str, step: int) -> bool:
+        active = getattr(self.objective, "active", None)
+        return active is None or active(turn, step)
+
+    def _begins(self) -> bool:
+        """Whether a turn's first step is the next: from here on a run may have to go back."""
+        return any(self._active(turn, self.step) and not self._active(turn, self.step - 1) for turn in self.turns)
+
+    def _doubtful(self) -> bool:
+        return hasattr(self.objective, "doubtful") and self.objective.doubtful(self.shared)
+
+    def _return(self, error: Exception) -> None:
+        """Go back to the newest good checkpoint with the number of attempts raised, or raise the error."""
+        tried = getattr(self.objective, "attempt", None)
+        if tried is None:
+            raise error
+        store = self.run.store
+        step = distributed.largest(_newest_good(store) if self.world.main else -1)
+        if tried >= MOST_ATTEMPTS or step < 0:
+            why = (
+                f"{tried} attempts from an earlier checkpoint ended like this" if step >= 0 else "no checkpoint is good"
+            )
+            raise type(error)(f"{error}; stopped at step {self.step}: {why}. {self._advice()}") from error
+        if self.world.main:
+            warn(f"{error}, at step {self.step}: going back to step {step}, attempt {tried + 1} of {MOST_ATTEMPTS}")
+        left, checkpoint = self.step, store.read(step)
+        distributed.barrier()  # every process has read it
+        if self.world.main:
+            store.forget(step)
+        self._restore(checkpoint)
+        self.objective.attempt = tried + 1
+        for _, parameter in self.module.named_parameters():
+            parameter.grad = None
+        self.run.resume(step, checkpoint.state["metrics_length"])
+        self.log({"attempt": tried + 1, "back_from": left})
 
     def _advice(self) -> str:
         return (
@@ -240,7 +301,7 @@ class Trainer:
             try:
                 self.run.snapshot(self.step, *self.ema.snapshot())
             except SaveError as error:
-                say(f"{error} Training goes on without this snapshot.")
+                warn(f"{error} Training goes on without this snapshot.")
         for callback in self.callbacks:
             if last or self.step % callback.every == 0:
                 modes = [(module, module.training) for module in self.module.modules()]
@@ -248,10 +309,13 @@ class Trainer:
                 for module, training in modes:
                     module.training = training
 
-    def _save(self, last: bool) -> None:
-        """Write a checkpoint; one that fails is tried again at the next interval unless it is the last."""
+    def save(self, last: bool = False) -> None:
+        """Write a checkpoint of the present step; one that fails is tried again later unless it is the last."""
         windows = distributed.gather(self.window)
         if not self.world.main:
+            return
+        if not last and self._doubtful():
+            warn(f"step {self.step} is not saved: it is worse than what was saved before")
             return
         tables: Tables = {"weights": self.module.state_dict(), **self.ema.tables()}
         tables |= {f"optimiser-{turn}": stepper.table() for turn, stepper in self.optimisers.items()}
@@ -260,7 +324,7 @@ class Trainer:
         if not all(bool(torch.isfinite(t).all()) for t in tables["weights"].values() if t.is_floating_point()):
             if last:
                 raise NotFinite(f"the weights of step {self.step} are not finite: not saved. {self._advice()}")
-            say(f"the weights of step {self.step} are not finite: not saved")
+            warn(f"the weights of step {self.step} are not finite: not saved")
             return
         begun = time.monotonic()
         try:
@@ -269,6 +333,8 @@ class Trainer:
                 "ema_updates": self.ema.updates,
                 "skipped": self.skipped,
                 "skipped_in_a_row": self.skipped_in_a_row,
+                "attempt": getattr(self.objective, "attempt", 0),
+                "doubtful": self._doubtful(),
                 "windows": windows,
                 "metrics_length": persist(self.run.calls, str(self.run.metrics.path), self.run.metrics.sync),
                 "machine": _machine(self.world.size),
@@ -277,7 +343,7 @@ class Trainer:
         except SaveError as error:
             if last:
                 raise
-            say(f"{error} Training goes on; the next try is after {self.schedule.save_every} steps.")
+            warn(f"{error} Training goes on; the next try is after {self.schedule.save_every} steps.")
             return
         self.run.time(self.step, {"save_seconds": time.monotonic() - begun})
 
@@ -317,11 +383,24 @@ class Trainer:
         self.shared = {name: value.to(self.device) for name, value in tables.get("shared", {}).items()}
         self.step = checkpoint.step
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if hasattr(self.objective, "attempt"):
+            self.objective.attempt = state.get("attempt", 0)
         windows = state["windows"]
         if len(windows) == self.world.size:
             self.window = windows[self.world.rank]
         else:
             self.window = _merged(windows) if self.world.main else {}
+
+
+def _newest_good(store: Store) -> int:
+    """The step of the newest whole checkpoint that was not doubtful; -1 for none."""
+    for step in reversed(store.steps()):
+        try:
+            if not store.read(step).state.get("doubtful", False):
+                return step
+        except Damaged:
+            continue
+    return -1
 
 
 def _moved(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -349,6 +428,7 @@ def _merged(windows: list[dict[str, list[float]]]) -> dict[str, list[float]]:
 def _machine(world: int) -> dict[str, Any]:
     """What equal bytes depend on besides the recipe."""
     return {
+        "latentkit": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
