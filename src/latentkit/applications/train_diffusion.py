@@ -127,6 +127,7 @@ def build_model(recipe: DiffusionRecipe, autoencoder: FirstStage | None, source:
         size=(size, size),
         schedule=recipe.noise,
         prediction=recipe.prediction,
+        learned_variance=recipe.learned_variance,
         text=text,
         label=recipe.label,
     )

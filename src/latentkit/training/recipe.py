@@ -82,6 +82,8 @@ class DiffusionRecipe(_Common):
     network: UNetConfig
     noise: NoiseSchedule = NoiseSchedule()
     prediction: PredictionName = "flow"
+    learned_variance: bool = False
+    """Learn the variance of a step too (improved DDPM); best with uniform noise levels."""
     text: TextEncoderConfig | None = None
     label: LabelConfig | None = None
     loss: DiffusionLoss = DiffusionLoss()
