@@ -110,6 +110,8 @@ def test_equal_models_are_equal_bytes_with_modelspec_keys(good: Path, tmp_path: 
     assert spec["modelspec.sai_model_spec"] == "1.0.1"
     assert spec["modelspec.title"] == "tiny"
     assert spec["modelspec.license"] == "CC0"
+    save_model(tmp_path / "unstated.safetensors", tiny_model(), {"licence": None})
+    assert "modelspec.license" not in header(tmp_path / "unstated.safetensors")["__metadata__"]
     assert spec["modelspec.resolution"] == "32x32"
     assert spec["modelspec.prediction_type"] == "flow"
 
@@ -191,10 +193,10 @@ def test_a_foreign_file_is_told_apart(tmp_path: Path) -> None:
     [
         (lambda d: d.update(format=2), "format 2; this version reads format 1"),
         (lambda d: d.update(code="os.system"), "'code' is unknown"),
-        (lambda d: d.pop("state"), "state: Field required"),
+        (lambda d: d.pop("state"), "state: is missing"),
         (lambda d: d.update(kind="tokenizer"), "kind"),
         (architecture(network__classpath="os.system"), "'network.classpath' is unknown"),
-        (architecture(network__channels="32"), "network.channels: Input should be a valid integer"),
+        (architecture(network__channels="32"), "network.channels: must be a whole number"),
         (architecture(network__heads=3), "cannot be split by heads=3"),
         (architecture(network__context_width=64), "parts do not fit together"),
         (architecture(picture_channels=1), "parts do not fit together"),
@@ -267,12 +269,20 @@ def test_names(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert find("emoji") == shipped
     assert find(run) == run / "model.safetensors"
     assert find(good) == good
+    fitted = tmp_path / "runs" / "cats"
+    for name in ("autoencoder/model.safetensors", "tabby.safetensors", "tmp-tabby.safetensors"):
+        (fitted / name).parent.mkdir(parents=True, exist_ok=True)
+        (fitted / name).write_bytes(good.read_bytes())
+    assert find("runs/cats") == Path("runs/cats/tabby.safetensors")
+    assert load("runs/cats", "cpu").name == "tabby"
     loaded = load(run, "cpu")
     assert (loaded.name, loaded.digest) == ("pets", digest(good))
     with pytest.raises(InputError, match=r"did you mean 'emoji'\?") as caught:
         find("emojy")
     assert caught.value.exit_code == 2
+    with pytest.raises(InputError, match=r"no shipped model \(emoji\), no file and no run folder.*'runs/cats'"):
+        find("cats")
     with pytest.raises(InputError, match="did you mean 'runs/pets'"):
         find("runs/pest")
-    with pytest.raises(InputError, match=r"holds no model.safetensors"):
+    with pytest.raises(InputError, match=r"holds no model; a run writes"):
         find(tmp_path / "emoji")

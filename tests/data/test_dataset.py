@@ -234,6 +234,35 @@ def test_workers_ranks_and_memory_change_nothing(source, monkeypatch, buckets, k
             same(sample, straight[draw])
 
 
+def test_other_words_are_those_of_the_draw_whatever_the_batch(source):
+    source.items = [item._replace(keywords=("one", "two")) for item in source.items]
+    pictures = Pictures(source, Transform(size=8), 0)
+
+    def said(micro, world):
+        words = {}
+        for rank in range(world):
+            loader = Loader(pictures, Order(24, 4, 5), micro, rank, world, keywords=0.5)
+            for batches in islice(loader.batches(), 12):
+                words |= {int(d): c for b in batches for d, c in zip(b["draw"], b["caption"], strict=True)}
+        return words
+
+    whole = said(4, 1)
+    assert whole == said(1, 2)
+    assert 8 < sum(set(words.split()) <= {"one", "two"} for words in whole.values()) < 40
+
+
+def test_the_commonest_shape(tmp_path, save):
+    for i, shape in enumerate([(8, 8, 3), (8, 16, 3), (8, 15, 3), (16, 8, 3)]):
+        save(tmp_path / f"{i}.png", i, shape)
+    pictures = Pictures(open_source(tmp_path), Transform(size=8, buckets=True), 0, multiple=4)
+    assert pictures.shapes[pictures.commonest] == nearest_wide(pictures)
+    assert Pictures(open_source(tmp_path), Transform(size=8), 0).commonest == 0
+
+
+def nearest_wide(pictures):
+    return pictures.shapes[pictures.bucket_of(1)]
+
+
 def test_parts_that_are_not_equal_are_refused(source):
     pictures = Pictures(source, Transform(size=8), 0)
     with pytest.raises(InputError, match="shared by 3"):

@@ -11,7 +11,7 @@ import torch
 
 from latentkit.data import latents
 from latentkit.data.dataset import Pictures, Transform
-from latentkit.data.latents import cache_key, open_latents
+from latentkit.data.latents import cache_key, clear, open_latents, stored
 from latentkit.data.loader import Loader
 from latentkit.data.order import Order
 from latentkit.data.source import open_source
@@ -314,3 +314,36 @@ def test_two_that_open_at_once_encode_once(folder, tmp_path):
         thread.join()
     assert len(caches) == 3
     assert sum(calls) == 14 + 4  # every picture once, and the first call's that finds the latents' shape
+
+
+def test_caches_are_listed_and_those_that_nobody_uses_are_deleted(folder, tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    assert (stored(root), clear(root)) == ([], ([], []))
+    used = open_latents(root, pictures_of(folder), encode, "e")
+    idle = open_latents(root, pictures_of(folder), encode, "other")
+    before = used.take(3, 3)[1]
+    assert {one.source for one in stored(root)} == {str(folder)}
+    assert all(one.size >= 14 * 6 * 64 * 4 and one.busy for one in stored(root))
+    del idle
+    assert sorted(one.busy for one in stored(root)) == [False, True]
+    gone, left = clear(root)
+    assert [one.path.name for one in gone] == [cache_key(pictures_of(folder), "other")]
+    assert [one.path.name for one in left] == [cache_key(pictures_of(folder), "e")]
+    assert torch.equal(used.take(3, 3)[1], before)
+    del used
+    assert len(clear(root)[0]) == 1
+    assert not list(root.rglob("*.bin"))
+
+
+def test_a_cache_that_is_being_built_is_not_deleted(folder, tmp_path):
+    root = tmp_path / "cache"
+
+    def look(pixels):
+        assert clear(root)[0] == []
+        assert [one.source for one in stored(root)] == ["half built"]
+        return encode(pixels)
+
+    open_latents(root, pictures_of(folder), look, "e")
+    (half,) = [one for one in stored(root) if not one.busy]
+    os.rename(half.path, half.path.with_suffix(".building"))
+    assert [one.source for one in clear(root)[0]] == ["half built"]

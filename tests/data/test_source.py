@@ -145,24 +145,61 @@ def test_metadata_csv_and_splits(tmp_path, save):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "bad", "reason"),
     [
-        ("metadata.jsonl", '{"file_name": "a.png"}\n{"text": "b"}\n', "line 2 has no file_name"),
-        ("metadata.jsonl", '{"file_name": "a.png"\n', "line 1 is not a JSON object"),
-        ("metadata.jsonl", "[" * 100_000, "line 1 is not a JSON object"),
-        ("metadata.csv", "picture,text\na.png,b\n", "no column file_name; its columns are picture, text"),
+        ("metadata.jsonl", b'{"text": "b"}', "has no file_name; each line names its picture by it"),
+        ("metadata.jsonl", b'{"file_name": "b.png"', "is not a JSON object"),
+        ("metadata.jsonl", b"[" * 100_000, "is not a JSON object"),
+        ("metadata.jsonl", b'{"file_name": "b.png", "text": "caf\xe9"}', "is not UTF-8 text"),
+        ("metadata.jsonl", b'{"file_name": "b.png", "text": "\\ud800"}', "is not UTF-8 text"),
+        ("metadata.csv", b"b.png,caf\xe9", "is not UTF-8 text"),
+        ("metadata.csv", b",no picture", "has no file_name"),
+        ("metadata.csv", b"b.png," + b"x" * 200_000, "is not CSV: field larger than field limit"),
     ],
 )
-def test_wrong_metadata_names_its_line(tmp_path, save, name, text, message):
+def test_a_bad_line_of_metadata_is_named_and_the_rest_is_used(tmp_path, save, name, bad, reason):
+    lines = [b'{"file_name": "a.png", "text": "an a"}', bad, b'{"file_name": "c.png", "text": "a c"}']
+    if name.endswith(".csv"):
+        lines = [b"file_name,text", bad, b"a.png,an a", b"c.png,a c"]
+    for key in ("a.png", "b.png", "c.png"):
+        save(tmp_path / key, 1)
+    (tmp_path / name).write_bytes(b"\n".join(lines))
+    found = open_source(tmp_path)
+    assert [(item.key, item.caption) for item in found.items] == [("a.png", "an a"), ("c.png", "a c")]
+    assert reasons(found)[f"{name} line 2"].startswith(reason)
+    assert reasons(found)["b.png"] == f"is not named in {name}"
+
+
+def test_metadata_without_its_column_is_refused(tmp_path, save):
     save(tmp_path / "a.png", 1)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(InputError, match=message):
+    (tmp_path / "metadata.csv").write_text("picture,text\na.png,b\n")
+    with pytest.raises(InputError, match="no column file_name; its columns are picture, text"):
         open_source(tmp_path)
 
 
+@pytest.mark.parametrize("data", [b"caf\xe9", b"caf\xe9 au lait", "tea".encode("utf-16"), "tea".encode("utf-16-le")])
+def test_a_caption_that_is_not_utf8_is_named_and_its_picture_used_without(tmp_path, save, picture, data):
+    root = tmp_path / "set"
+    save(root / "a.png", 1)
+    (root / "a.txt").write_bytes(data)
+    shard(tmp_path / "s.tar", [("b.png", picture()), ("b.txt", data), ("b.json", b'{"text": "tea"}')])
+    named, kept = open_source(root), open_source(tmp_path / "s.tar")
+    assert (named.items[0].caption, kept.items[0].caption) == (None, "tea")
+    assert reasons(named) == {"a.txt": folder_module.NOT_TEXT}
+    assert reasons(kept) == {"s.tar/b.txt": folder_module.NOT_TEXT}
+
+
+def test_a_long_caption_file_is_cut_between_characters(tmp_path, save):
+    save(tmp_path / "a.png", 1)
+    (tmp_path / "a.txt").write_text("\u732b" * folder_module.MAX_CAPTION_BYTES)
+    assert set(str(open_source(tmp_path).items[0].caption)) == {"\u732b"}
+
+
 def test_nothing_usable(tmp_path, save):
-    with pytest.raises(InputError, match="does not exist"):
+    (tmp_path / "photo.txt").write_text("no folder")
+    with pytest.raises(InputError, match=r"nowhere does not exist$") as caught:
         open_source(tmp_path / "nowhere")
+    assert caught.value.exit_code == 2
     (tmp_path / "photos").mkdir()
     with pytest.raises(InputError, match="did you mean 'photos'"):
         open_source(tmp_path / "photo")
@@ -171,8 +208,9 @@ def test_nothing_usable(tmp_path, save):
     (tmp_path / "photos/a.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"no usable picture.*\n  a.png: is empty"):
         open_source(tmp_path / "photos")
-    with pytest.raises(InputError, match="is a file"):
+    with pytest.raises(InputError, match="is a file") as caught:
         open_source(tmp_path / "photos/a.png")
+    assert caught.value.exit_code == 2
 
 
 def test_every_unusable_file_is_named(tmp_path, save):

@@ -19,11 +19,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from latentkit.errors import InputError, nearest
+from latentkit.errors import InputError, nearest, wording
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.nets.autoencoder import AutoencoderConfig
-from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
 
 FORMAT: Literal[1] = 1
@@ -62,9 +61,7 @@ def invalid(error: ValidationError, what: str, allowed: Iterable[str] = (), exit
         if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{place!r} is unknown" + (f"; {nearest(place, allowed)}" if allowed else ""))
         else:
-            whole = entry["type"] in ("missing", "value_error")  # the message says it all
-            got = "" if whole else f" (got {str(entry['input'])[:60]!r})"
-            lines.append(f"{place}: {entry['msg'].removeprefix('Value error, ')}{got}")
+            lines.append(f"{place}: {wording(entry)}")
     return InputError(f"{what}: " + "; ".join(lines), exit_code=exit_code)
 
 
@@ -84,23 +81,33 @@ def shipped() -> list[str]:
 
 
 def find(name: str | Path) -> Path:
-    """The model file that `name` means: a shipped model's bare name, a file, or a run folder's `model.safetensors`.
+    """The model file that `name` means: a shipped model's bare name, a file, or the model in a run folder.
 
     Errors: InputError (exit code 2) with the nearest names.
     """
     if str(name) in shipped():
         return SHIPPED / f"{name}.safetensors"
     path = Path(name)
-    if path.is_dir():
-        if (path / RUN_MODEL).is_file():
-            return path / RUN_MODEL
-        raise InputError(f"folder {name} holds no {RUN_MODEL}; a run writes it when it is finished", exit_code=2)
     if path.is_file():
         return path
-    beside = [p for p in path.parent.glob("*") if p.suffix == ".safetensors" or (p / RUN_MODEL).is_file()]
-    known = [*shipped(), *(str(path.with_name(p.name)) for p in beside)]
+    if path.is_dir():
+        if found := _in_folder(path):
+            return found
+        raise InputError(f"folder {name} holds no model; a run writes {RUN_MODEL} when it is finished", exit_code=2)
+    beside = [str(path.with_name(p.name)) for p in path.parent.glob("*") if p.suffix == ".safetensors" or _in_folder(p)]
+    runs = [str(p) for p in Path("runs").glob("*") if _in_folder(p)]
+    known = {*shipped(), *beside, *runs}
     hint = nearest(str(name), known) if known else "no model is shipped and none lies there"
-    raise InputError(f"no model {str(name)!r}: it is no shipped model, file or run folder; {hint}", exit_code=2)
+    where = f"it is no shipped model ({', '.join(shipped()) or 'none'}), no file and no run folder"
+    raise InputError(f"no model {str(name)!r}: {where} such as runs/NAME; {hint}", exit_code=2)
+
+
+def _in_folder(folder: Path) -> Path | None:
+    """The model of a run folder: `model.safetensors` (one stage), or the one model file that a fit puts there."""
+    if (folder / RUN_MODEL).is_file():
+        return folder / RUN_MODEL
+    found = [path for path in folder.glob("*.safetensors") if not path.name.startswith("tmp-")]
+    return found[0] if len(found) == 1 else None
 
 
 def digest(path: Path) -> str:
@@ -157,7 +164,7 @@ def load_model(
     path = Path(path)
     document, tensors = _read(path, "latent-diffusion")
     architecture = _architecture(path, document, Architecture)
-    _check_cost(path, [architecture.network, architecture.first_stage, architecture.text], len(tensors))
+    _check_cost(path, [architecture.network, architecture.first_stage, *architecture.towers()], len(tensors))
     try:
         with torch.device("meta"), _Shapes():
             model = LatentDiffusion(architecture, document.state)
@@ -230,7 +237,7 @@ def _write(path: Path, document: _Document, module: nn.Module, dtype: torch.dtyp
         "modelspec.hash_sha256": f"0x{content.hexdigest()}",
     }
     metadata |= {f"modelspec.{key}": value for key, value in spec.items()}
-    if "licence" in provenance:
+    if provenance.get("licence"):
         metadata["modelspec.license"] = str(provenance["licence"])
     header: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
@@ -313,10 +320,10 @@ def _check_cost(path: Path, parts: list[Any], tensors: int) -> None:
     for part in parts:
         if isinstance(part, AutoencoderConfig):
             blocks.append(len(part.multipliers) * part.blocks)
-        elif isinstance(part, TextEncoderConfig):
-            blocks.append(part.layers)
         elif isinstance(part, UNetConfig):
             blocks += [part.blocks * (1 + depth) for depth in part.depth] + [part.middle_depth]
+        elif part is not None:
+            blocks.append(part.layers)
     if any(count < 0 for count in blocks) or sum(blocks) > tensors:
         raise InputError(f"{path}: its architecture asks for {sum(blocks)} blocks; the file has {tensors} tensors")
 

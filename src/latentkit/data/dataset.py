@@ -120,6 +120,11 @@ class Pictures:
         """The bucket number of every picture, for `Order`; None when all have one shape."""
         return tuple(self._buckets) if len(self.shapes) > 1 else None
 
+    @property
+    def commonest(self) -> int:
+        """The bucket of the most pictures, a place in `shapes` (the first of equals)."""
+        return max(range(len(self.shapes)), key=self._buckets.count)
+
     def bucket_of(self, index: int) -> int:
         """The bucket of a picture, a place in `shapes`."""
         return self._buckets[index]

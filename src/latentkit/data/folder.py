@@ -1,9 +1,12 @@
 """What a folder of pictures says: which files are pictures, and their captions, classes, splits and other columns."""
 
+import codecs
 import csv
 import json
 import os
 import stat
+from collections.abc import Iterator
+from operator import length_hint
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,6 +18,7 @@ FOREIGN_ENDINGS = (".gif", ".bmp", ".svg", ".eps", ".ps", ".psd", ".heic", ".hei
 METADATA = ("metadata.jsonl", "metadata.csv")
 CAPTION_ENDINGS = (".txt", ".caption")
 MAX_CAPTION_BYTES = 64 << 10
+NOT_TEXT = "is not UTF-8 text, and its picture is used without it; save it as UTF-8"
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
@@ -89,8 +93,11 @@ def words_of(record: dict[str, Any]) -> Words:
 
 
 def first_line(data: bytes) -> str | None:
-    """The first line of a caption file, None when empty."""
-    text = data[:MAX_CAPTION_BYTES].decode("utf-8-sig", errors="replace").lstrip()
+    """The first line of a caption file, None when empty; ValueError where it is not UTF-8 text."""
+    whole = len(data) < MAX_CAPTION_BYTES
+    text = codecs.getincrementaldecoder("utf-8-sig")().decode(data[:MAX_CAPTION_BYTES], whole).lstrip()
+    if "\0" in text:
+        raise ValueError("holds NUL")
     return (text.splitlines()[0].strip() or None) if text else None
 
 
@@ -174,21 +181,26 @@ def _describe(
         if prefix + name in files:
             words, rejected = _read_metadata(root, prefix, name, pictures, files)
             return "metadata", words, rejected
-    beside = {key: _caption_beside(root, key, files) for key in pictures}
+    beside: dict[str, str | None] = {}
+    rejected = []
+    for key in pictures:
+        captions = [key.rsplit(".", 1)[0] + ending for ending in CAPTION_ENDINGS]
+        beside[key] = None
+        for name in [name for name in captions if name in files][:1]:
+            try:
+                beside[key] = first_line(_start(root / name))
+            except ValueError:
+                rejected.append(Rejected(name, NOT_TEXT))
     tops = {key[len(prefix) :].split("/")[0] for key in pictures}
     labelled = len(tops) > 1 and all("/" in key[len(prefix) :] for key in pictures)
     words = {key: Words(beside[key], label=key[len(prefix) :].split("/")[0] if labelled else None) for key in pictures}
     kind = "captions" if any(beside.values()) else "classes" if labelled else "plain"
-    return kind, words, []
+    return kind, words, rejected
 
 
-def _caption_beside(root: Path, key: str, files: dict[str, Stamp]) -> str | None:
-    stem = key.rsplit(".", 1)[0]
-    for ending in CAPTION_ENDINGS:
-        if stem + ending in files:
-            with open(root / (stem + ending), "rb") as file:
-                return first_line(file.read(MAX_CAPTION_BYTES))
-    return None
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(MAX_CAPTION_BYTES)
 
 
 def _read_metadata(
@@ -199,9 +211,13 @@ def _read_metadata(
     rejected = []
     mentioned = set()
     for line, record in _records(root / where, where):
+        if isinstance(record, str):
+            rejected.append(Rejected(f"{where} line {line}", record))
+            continue
         file_name = record.pop("file_name", None)
         if not isinstance(file_name, str) or not file_name:
-            raise InputError(f"{where} line {line} has no file_name; each line names its picture by file_name")
+            rejected.append(Rejected(f"{where} line {line}", "has no file_name; each line names its picture by it"))
+            continue
         key = prefix + PurePosixPath(file_name).as_posix()
         mentioned |= {prefix + value for value in record.values() if isinstance(value, str)}
         if file_name.startswith("/") or ".." in PurePosixPath(file_name).parts:
@@ -217,19 +233,37 @@ def _read_metadata(
     return words, rejected
 
 
-def _records(path: Path, where: str) -> list[tuple[int, dict[str, Any]]]:
-    """Line number and columns of each line of a metadata file."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
-    if path.suffix == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
+def _records(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Line number and columns of each line of a metadata file, or what is wrong with the line."""
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    for number, record in _csv(text, where) if path.suffix == ".csv" else _jsonl(text):
         try:
-            rows = [(reader.line_num, {str(k): v for k, v in row.items() if v is not None}) for row in reader]
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            yield number, "is not UTF-8 text"
+        else:
+            yield number, record
+
+
+def _csv(text: str, where: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    lines = text.splitlines(keepends=True)
+    unread = iter(lines)  # the reader's own count passes over lines that it refuses
+    reader = csv.DictReader(unread)
+    if "file_name" not in (reader.fieldnames or ()):
+        columns = ", ".join(reader.fieldnames or ()).encode(errors="replace").decode()
+        raise InputError(f"{where} has no column file_name; its columns are {columns}")
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
         except csv.Error as error:
-            raise InputError(f"{where} line {reader.line_num} is not CSV: {error}") from None
-        if "file_name" not in (reader.fieldnames or ()):
-            raise InputError(f"{where} has no column file_name; its columns are {', '.join(reader.fieldnames or ())}")
-        return rows
-    rows = []
+            yield len(lines) - length_hint(unread), f"is not CSV: {error}"
+        else:
+            yield len(lines) - length_hint(unread), {str(k): v for k, v in row.items() if v is not None}
+
+
+def _jsonl(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -237,7 +271,7 @@ def _records(path: Path, where: str) -> list[tuple[int, dict[str, Any]]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             record = None
-        if not isinstance(record, dict):
-            raise InputError(f'{where} line {number} is not a JSON object like {{"file_name": "a.png", "text": "..."}}')
-        rows.append((number, record))
-    return rows
+        if isinstance(record, dict):
+            yield number, record
+        else:
+            yield number, 'is not a JSON object like {"file_name": "a.png", "text": "..."}'

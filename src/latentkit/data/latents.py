@@ -1,7 +1,8 @@
 """Latents of a whole data set on disk: made once, never stale, and good after a kill at any moment.
 
 A cache is the folder KEY of `folder`, where KEY is the sha256 of every picture's digest, the encoder's digest and the
-transform. It is built in KEY.building beside a map of what is done, and renamed when it is whole.
+transform. It is built in KEY.building beside a map of what is done, and renamed when it is whole. KEY.lock is held by
+who looks into it or builds it, KEY.use by all who read from it.
 """
 
 import fcntl
@@ -14,14 +15,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from latentkit.data.dataset import Pictures, check_bad, choices, substitute
-from latentkit.data.source import track
+from latentkit.data.source import cache_home, track
 from latentkit.errors import InputError
 
 CACHE_FORMAT = 1
@@ -41,7 +42,8 @@ class LatentCache:
 
     field = "moments"
 
-    def __init__(self, folder: Path, pictures: Pictures, manifest: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, pictures: Pictures, manifest: dict[str, Any], use: TextIO) -> None:
+        self._use = use  # held while this lives
         self.source = pictures.source
         self.shapes = pictures.shapes
         self.buckets = pictures.buckets
@@ -124,8 +126,72 @@ def open_latents(
                 logging.getLogger("latentkit").warning("latent cache %s is damaged and is made again", final)
                 shutil.rmtree(final)
             manifest = _build(root, key, pictures, encode, batch, dtype, progress)
-    check_bad(manifest["quarantined"], len(pictures), "have no usable latent")
-    return LatentCache(final, pictures, manifest)
+        check_bad(manifest["quarantined"], len(pictures), "have no usable latent")
+        use = open(root / f"{key}.use", "w")  # noqa: SIM115  (held as long as the cache)
+        fcntl.flock(use, fcntl.LOCK_SH)
+        return LatentCache(final, pictures, manifest, use)
+
+
+class Stored(NamedTuple):
+    """A cache on disk: its bytes, the data set it was made of, when it was last used (seconds), and if it is now."""
+
+    path: Path
+    size: int
+    source: str
+    used: float
+    busy: bool
+
+
+def cache_folder() -> Path:
+    """Where latents are kept between runs."""
+    return cache_home() / "latents"
+
+
+def stored(folder: Path) -> list[Stored]:
+    """Every cache below `folder`, those half built included, the last used first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            files = [file.stat() for file in path.iterdir() if file.is_file()]
+            uses = [file.stat().st_mtime for file in folder.glob(f"{path.stem}.*") if file.suffix in (".lock", ".use")]
+            source = "half built" if path.suffix else _source(path)
+            size = sum(file.st_blocks * 512 for file in files)
+            found.append(Stored(path, size, source, max([0.0, *uses]), _held(folder, path.stem) is None))
+    return sorted(found, key=lambda one: -one.used)
+
+
+def clear(folder: Path) -> tuple[list[Stored], list[Stored]]:
+    """Delete every cache below `folder` that no process uses; returns those that are gone and those that were left."""
+    gone, left = [], []
+    for one in stored(folder):
+        locks = _held(folder, one.path.stem)
+        if locks is None:
+            left.append(one)
+            continue
+        with locks[0], locks[1]:
+            shutil.rmtree(one.path)
+            gone.append(one)
+    return gone, left
+
+
+def _held(folder: Path, key: str) -> tuple[TextIO, TextIO] | None:
+    """Both locks of a cache, or None where another holds one."""
+    locks = open(folder / f"{key}.lock", "a"), open(folder / f"{key}.use", "a")  # noqa: SIM115  (given on)
+    try:
+        for lock in locks:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        for lock in locks:
+            lock.close()
+        return None
+    return locks
+
+
+def _source(path: Path) -> str:
+    try:
+        return str(json.loads((path / "manifest.json").read_bytes())["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def cache_key(pictures: Pictures, encoder_digest: str, dtype: str = "float32") -> str:
@@ -201,6 +267,7 @@ def _build(
                 quarantined[pictures.source.items[index].key] = REASONS[int(state)]
     manifest = {
         "key": key,
+        "source": str(pictures.source.root.resolve()),
         "dtype": dtype,
         "parts": [
             {"bucket": b, "file": p.path.name, "shape": p.shape, "sha256": _digest(p.path)} for b, p in parts.items()

@@ -1,13 +1,14 @@
 """Batches of one process, from any step on, the same for any number of workers."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
+from latentkit.data.captions import caption_of
 from latentkit.data.order import Order
 from latentkit.data.source import Source
 from latentkit.errors import InputError
@@ -33,7 +34,8 @@ class Loader:
     """The micro-batches of process `rank` of `world`: positions rank, rank + world, ... of every step of `order`.
 
     `workers` threads make samples ahead (0: none are made ahead); decoding, scaling and copying run outside the
-    interpreter lock, and neither workers nor world change what a draw is.
+    interpreter lock, and neither workers nor world change what a draw is. `keywords` is the share of draws that
+    `caption_of` says in other words.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
+        keywords: float = 0.0,
     ) -> None:
         if order.batch % world:
             raise InputError(f"a batch of {order.batch} cannot be shared by {world} processes: use a multiple")
@@ -59,7 +62,7 @@ class Loader:
         self.rank = rank
         self.world = world
         self.workers = workers
-        self._classes = {name: number for number, name in enumerate(data.source.classes)}
+        self.keywords = keywords
 
     def batches(self, start_step: int = 0) -> Iterator[list[Batch]]:
         """For every step from `start_step` on, without end, its list of micro-batches."""
@@ -86,19 +89,29 @@ class Loader:
         return [(self.order.item(draw), draw) for draw in draws]
 
     def _assemble(self, step: int, samples: list[tuple[int, Tensor]]) -> list[Batch]:
-        draws = self.order.draws(step)[self.rank :: self.world]
-        batches = []
-        for begin in range(0, len(samples), self.micro_batch):
-            part = samples[begin : begin + self.micro_batch]
-            items = [self.data.source.items[index] for index, _ in part]
-            batches.append(
-                {
-                    "step": step,
-                    "index": torch.tensor([index for index, _ in part]),
-                    "draw": torch.from_numpy(draws[begin : begin + self.micro_batch].copy()),
-                    self.data.field: torch.stack([x for _, x in part]),
-                    "caption": [item.caption or "" for item in items],
-                    "label": torch.tensor([-1 if i.label is None else self._classes[i.label] for i in items]),
-                }
-            )
-        return batches
+        draws = self.order.draws(step)[self.rank :: self.world].tolist()
+        starts = range(0, len(samples), self.micro_batch)
+        parts = [(draws[at : at + self.micro_batch], samples[at : at + self.micro_batch]) for at in starts]
+        return [collate(self.data, step, *part, keywords=self.keywords, seed=self.order.seed) for part in parts]
+
+
+def collate(
+    data: Samples,
+    step: int,
+    draws: Sequence[int],
+    samples: Sequence[tuple[int, Tensor]],
+    *,
+    keywords: float = 0.0,
+    seed: int = 0,
+) -> Batch:
+    """One batch of samples (index, tensor) of one shape, with the words of their draws."""
+    items = [data.source.items[index] for index, _ in samples]
+    classes = {name: number for number, name in enumerate(data.source.classes)}
+    return {
+        "step": step,
+        "index": torch.tensor([index for index, _ in samples]),
+        "draw": torch.tensor(draws),
+        data.field: torch.stack([x for _, x in samples]),
+        "caption": [caption_of(item, keywords, seed, draw) for item, draw in zip(items, draws, strict=True)],
+        "label": torch.tensor([-1 if item.label is None else classes[item.label] for item in items]),
+    }

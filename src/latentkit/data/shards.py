@@ -5,10 +5,22 @@ import tarfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentkit.data.folder import PICTURE_ENDINGS, Entry, Listing, Place, Rejected, Stamp, Words, first_line, words_of
+from latentkit.data.folder import (
+    NOT_TEXT,
+    PICTURE_ENDINGS,
+    Entry,
+    Listing,
+    Place,
+    Rejected,
+    Stamp,
+    Words,
+    first_line,
+    words_of,
+)
 
 MAX_JSON_BYTES = 1 << 20
 BLOCK = 512
+NOT_JSON = "is not a JSON object; its words are left out"
 
 
 def list_shard(path: Path, file: str, mark: Stamp) -> Listing:
@@ -49,8 +61,7 @@ def list_shard(path: Path, file: str, mark: Stamp) -> Listing:
     entries = []
     for key, (offset, size) in pictures.items():
         said, broken = _words(words.get(key, {}))
-        if broken:
-            rejected.append(Rejected(f"{file}/{key}.json", "is not a JSON object; its words are left out"))
+        rejected += [Rejected(f"{file}/{key}{ending}", reason) for ending, reason in broken.items()]
         entries.append(Entry(key, Place(file, offset, size, mark), said))
     return Listing("shards", entries, rejected)
 
@@ -75,16 +86,22 @@ def _split(name: str) -> tuple[str, str]:
     return (f"{folder}/{stem}" if folder else stem), (dot + ending).lower()
 
 
-def _words(members: dict[str, bytes]) -> tuple[Words, bool]:
-    """Words of the members that belong to one picture (a .txt wins over the .json), and whether the json is broken."""
+def _words(members: dict[str, bytes]) -> tuple[Words, dict[str, str]]:
+    """Words of the members that belong to one picture (a .txt wins over the .json), and what is wrong with which."""
     record: Any = {}
-    if ".json" in members:
+    lines: dict[str, str | None] = {}
+    broken: dict[str, str] = {}
+    for ending, data in members.items():
         try:
-            record = json.loads(members[".json"])
+            if ending == ".json":
+                record = json.loads(data)
+                json.dumps(record, ensure_ascii=False).encode()
+            else:
+                lines[ending] = first_line(data)
         except (ValueError, RecursionError):
-            record = None
-    broken = not isinstance(record, dict)
-    words = words_of({} if broken else record)
-    caption = first_line(members.get(".txt", members.get(".caption", b"")))
-    label = first_line(members.get(".cls", b""))
-    return words._replace(caption=caption or words.caption, label=label or words.label), broken
+            broken[ending] = NOT_TEXT if ending != ".json" else NOT_JSON
+    if not isinstance(record, dict):
+        broken[".json"] = NOT_JSON
+    words = words_of({} if ".json" in broken else record)
+    caption = lines.get(".txt", lines.get(".caption"))
+    return words._replace(caption=caption or words.caption, label=lines.get(".cls") or words.label), broken

@@ -32,11 +32,11 @@ from latentkit.data.folder import (
 )
 from latentkit.data.pictures import BadPicture, Picture, decode
 from latentkit.data.shards import list_shard
-from latentkit.errors import InputError, nearest
+from latentkit.errors import InputError, close, nearest
 
-__all__ = ["Item", "Rejected", "Source", "open_source", "track"]
+__all__ = ["Item", "Rejected", "Source", "cache_home", "open_source", "track"]
 
-INDEX_FORMAT = 1
+INDEX_FORMAT = 2
 SHOW_AFTER = 2.0  # seconds before a progress bar appears
 
 T = TypeVar("T")
@@ -125,13 +125,13 @@ def open_source(path: str | Path, progress: bool = True) -> Source:
     """
     root = Path(path).expanduser()
     if not root.exists():
-        there = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
-        said = f" ({nearest(root.name, there)})" if there else ""
-        raise InputError(f"data folder {path} does not exist{said}")
+        beside = root.parent.iterdir() if root.parent.is_dir() else ()
+        question = close(root.name, [p.name for p in beside if p.is_dir() or p.suffix == ".tar"])
+        raise InputError(f"data folder {path} does not exist" + (f"; {question}" if question else ""), exit_code=2)
     shards = [root] if root.is_file() else sorted(p for p in root.glob("*.tar") if not p.name.startswith("."))
     if root.is_file():
         if root.suffix.lower() != ".tar":
-            raise InputError(f"{path} is a file; a data set is a folder of pictures or a .tar shard")
+            raise InputError(f"{path} is a file; a data set is a folder of pictures or a .tar shard", exit_code=2)
         root = root.parent
     memo = _Memo(root)
     listing = _list_shards(root, shards, memo) if shards else list_folder(root)
@@ -263,6 +263,11 @@ def track(sequence: Iterable[T], total: int, title: str, shown: bool = True) -> 
             bar.stop()
 
 
+def cache_home() -> Path:
+    """Where is kept what can be made again: `latentkit` below XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentkit"
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -274,9 +279,8 @@ class _Memo:
     """What was found in each file, kept while its stamp stays; a damaged or older index is as good as none."""
 
     def __init__(self, root: Path) -> None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
-        self.path = base / "latentkit" / "index" / f"{name}.json"
+        self.path = cache_home() / "index" / f"{name}.json"
         versions = [_version(package) for package in ("pillow", "tifffile", "imagecodecs")]
         self.format = [INDEX_FORMAT, *versions]
         self.old = self._load()

@@ -68,12 +68,21 @@ class TextConditioner(nn.Module):
         """What stands for "no caption"."""
         return [""] * count
 
+    @property
+    def room(self) -> int:
+        """Tokens that are read of a caption."""
+        return self.config.length - 1
+
+    def count(self, caption: str) -> int:
+        """Tokens of a whole caption, of which `room` are read."""
+        return len(self._tokenizer.encode(caption.strip()).ids)
+
     def tokens(self, captions: Sequence[str]) -> Tensor:
         """Ids `b n`: the caption's tokens, cut to fit, an end token, padding (0)."""
-        length, end = self.config.length, self._tokenizer.token_to_id(END)
-        ids = torch.zeros(len(captions), length, dtype=torch.long)
+        end = self._tokenizer.token_to_id(END)
+        ids = torch.zeros(len(captions), self.config.length, dtype=torch.long)
         for row, caption in enumerate(captions):
-            found = self._tokenizer.encode(caption.strip()).ids[: length - 1] if caption.strip() else []
+            found = self._tokenizer.encode(caption.strip()).ids[: self.room] if caption.strip() else []
             ids[row, : len(found) + 1] = torch.tensor([*found, end])
         return ids
 
