@@ -34,6 +34,7 @@ def _terminated(number: int, _frame: FrameType | None) -> None:
 def application() -> typer.Typer:
     """Every command under its name."""
     from latentkit.cli.data import app as data
+    from latentkit.cli.evaluate import app as evaluate
     from latentkit.cli.generate import generate
     from latentkit.cli.replay import replay
     from latentkit.cli.search_spacing import search_spacing
@@ -44,6 +45,7 @@ def application() -> typer.Typer:
     for command in (generate, replay, fit, train, search_spacing):
         app.command()(command)
     app.add_typer(data, name="data")
+    app.add_typer(evaluate, name="evaluate")
     return app
 
 

@@ -1,0 +1,47 @@
+"""`latentkit evaluate`: measure a model. Each command imports what it needs inside itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Measure a model.", no_args_is_help=True)
+
+
+@app.callback()
+def evaluate() -> None:
+    """Measure a model."""
+
+
+@app.command()
+def likelihood(
+    data: Annotated[Path, typer.Argument(help="Folder of pictures, or a .tar shard.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A shipped model, a model file or a run folder.")
+    ] = "emoji",
+    count: Annotated[int, typer.Option("-n", min=0, help="Pictures, the first ones; 0 is all.")] = 100,
+    steps: Annotated[int, typer.Option(min=2, help="Noise levels that the bound is estimated at.")] = 100,
+    flow_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the exact value, of models that draw pixels; 0 leaves it out.")
+    ] = 40,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
+) -> None:
+    """Count the bits per dimension that pictures cost under a model, told their captions: lower is better."""
+    import logging
+
+    from latentkit.checkpoints.files import load
+    from latentkit.data.source import open_source
+    from latentkit.evaluation.likelihood import likelihood, lines
+
+    shown = logging.getLogger("latentkit").isEnabledFor(logging.INFO)
+    source = open_source(data, shown)
+    loaded = load(model)
+    found = likelihood(loaded, source, count=count or None, steps=steps, flow_steps=flow_steps, seed=seed, shown=shown)
+    if json:
+        import json as writer
+
+        described = {"model": loaded.name, "digest": loaded.digest, "data": source.fingerprint, **found.document()}
+        typer.echo(writer.dumps(described))
+    else:
+        typer.echo("\n".join(lines(found)))
