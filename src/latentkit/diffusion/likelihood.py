@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentkit.diffusion.prediction import step_divergence
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 
 
@@ -62,13 +63,9 @@ def bound(denoise: Denoise, x0: Tensor, sigmas: np.ndarray, noise: Draw, offset:
 
 def _divergence(answer: Denoised, x0: Tensor, sigma: float, after: float) -> Tensor:
     """KL(q(x_after | x_sigma, x0) || p(x_after | x_sigma)) of each picture, `b`."""
-    gained = after**-2 - sigma**-2
-    if answer.log_variance is None:
-        return 0.5 * gained * _error(answer, x0)
-    span = math.log((1 + after**-2) / (1 + sigma**-2))  # from the posterior's variance to the forward step's
-    wider = span * answer.log_variance.double()
-    parts = wider + torch.exp(-wider) * (1 + gained * (x0 - answer.x0).square()) - 1
-    return 0.5 * parts.flatten(1).sum(1)
+    share = torch.zeros_like(x0) if answer.log_variance is None else answer.log_variance.double()
+    divergence = step_divergence(share, x0 - answer.x0, x0.new_tensor(sigma), x0.new_tensor(after))
+    return divergence.flatten(1).sum(1)
 
 
 def prior(x0: Tensor, sigma: float) -> Tensor:
