@@ -40,6 +40,8 @@ class Progress(NamedTuple):
     steps: int
     share: float
     x0: Tensor
+    evaluations: int
+    """Calls of the network for each of them so far (a guided call, of all its branches, is one)."""
 
 
 class Result(NamedTuple):
@@ -134,8 +136,8 @@ def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) ->
         if isinstance(event, Tensor):
             pixels = event
         else:
-            step, steps, x0 = event
-            yield Progress(tuple(jobs), step, steps, before + part * step / steps, x0)
+            step, steps, x0, evaluations = event
+            yield Progress(tuple(jobs), step, steps, before + part * step / steps, x0, evaluations)
     assert pixels is not None
     made_with = machine(model)
     for row, (number, request) in enumerate(jobs.items()):
@@ -146,8 +148,8 @@ def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) ->
 
 
 @torch.inference_mode()
-def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, int, Tensor] | Tensor]:
-    """(step, steps, x0) after each step, and last the pixels `b c h w` in [-1, 1] on the CPU."""
+def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[tuple[int, int, Tensor, int] | Tensor]:
+    """(step, steps, x0, evaluations) after each step, and last the pixels `b c h w` in [-1, 1] on the CPU."""
     first = requests[0]
     shape = network.latent_shape(known(first.height), known(first.width))
     noise = PictureNoise([known(request.seed) for request in requests], shape)
@@ -157,7 +159,7 @@ def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[t
     walk = sample(known(first.sampler), plan.denoise, x, plan.sigmas, noise, **options)
     for number, step in enumerate(walk, start=1):
         x = step.x
-        yield number, steps, step.x0
+        yield number, steps, step.x0, step.evaluations
     pixels = plan.finish(x)
     for request, latent, picture in zip(requests, x, pixels):
         if not (torch.isfinite(latent).all() and torch.isfinite(picture).all()):

@@ -6,27 +6,28 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from latentkit.errors import InputError
 
 if TYPE_CHECKING:
-    from latentkit.applications.generate import Progress, Result
+    from latentkit.applications.generate import Progress
 
+T = TypeVar("T")
 WORTH_SHOWING = 2.0  # seconds of work below which nothing is shown
 PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 LONGEST_NAME = 48
 
 
-def show(events: "Iterator[Progress | Result]") -> "Iterator[Result]":
-    """The pictures among the events; progress with the remaining time goes to stderr where it is worth it."""
-    from latentkit.applications.generate import Result
+def show(events: "Iterator[Progress | T]") -> Iterator[T]:
+    """The results among the events; progress with the remaining time goes to stderr where it is worth it."""
+    from latentkit.applications.generate import Progress
 
     terminal = sys.stderr.isatty()
     quiet = not logging.getLogger("latentkit").isEnabledFor(logging.INFO)
     started = shown = time.monotonic()
     for event in events:
-        if isinstance(event, Result):
+        if not isinstance(event, Progress):
             if terminal and shown > started:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
             yield event
