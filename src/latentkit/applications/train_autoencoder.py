@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentkit import __version__
 from latentkit.applications.pictures import open_data, write_sheet
-from latentkit.checkpoints.files import save_autoencoder
+from latentkit.checkpoints.files import find, load_autoencoder, save_autoencoder
 from latentkit.data.dataset import Pictures
 from latentkit.data.loader import Loader
 from latentkit.data.order import Order
@@ -16,8 +17,12 @@ from latentkit.errors import InputError
 from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import Autoencoder
+from latentkit.nets.perceptual import FeatureConfig, OwnTrunk, PerceptualDistance
 from latentkit.training import distributed
 from latentkit.training.autoencoder import AutoencoderObjective
+from latentkit.training.ema import Averaging
+from latentkit.training.optimizers import Optimiser
+from latentkit.training.perceptual import FeatureObjective, read_distance
 from latentkit.training.recipe import AutoencoderRecipe, resolved
 from latentkit.training.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
@@ -36,20 +41,36 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             exit_code=2,
         )
     train, held = open_data(recipe.data, recipe.seed, recipe.network.downsampling)
+    critic, side = recipe.loss.adversarial, min(map(min, train.shapes))
+    if critic and side < critic.network.smallest:
+        raise InputError(
+            f"the critic has layers: {critic.network.layers}, which takes pictures of at least "
+            f"{critic.network.smallest} px a side; the smallest here are {side} px: use fewer layers",
+            exit_code=2,
+        )
     torch.manual_seed(recipe.seed)
     first_stage = FirstStage(recipe.network, channels)
     autoencoder = first_stage.autoencoder
     assert autoencoder is not None
+    if recipe.start is not None:
+        _begin(autoencoder, recipe.start)
+    autoencoder.set_checkpointing(recipe.checkpointing)
     world = distributed.join(distributed.pick_device(recipe.schedule.device))
     order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
     loader = Loader(train, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
         trainer = Trainer(
-            AutoencoderObjective(autoencoder, recipe.loss, recipe.seed),
+            AutoencoderObjective(
+                autoencoder,
+                recipe.loss,
+                recipe.seed,
+                perceptual=_perceptual(recipe, loader, folder),
+                frozen_encoder=recipe.frozen_encoder,
+            ),
             loader.batches,
             run,
             schedule=recipe.schedule,
-            optimiser=recipe.optimiser,
+            optimiser={"autoencoder": recipe.optimiser} | ({"critic": critic.optimiser} if critic else {}),
             averaging=recipe.averaging,
             callbacks=[Callback(recipe.schedule.sample_every, lambda step, t: _look(step, t, autoencoder, held))],
             seed=recipe.seed,
@@ -63,7 +84,8 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
                     "data": train.source.fingerprint,
                     "pictures": len(train),
                     "steps": trainer.step,
-                    "licence": recipe.licence or "unstated",
+                    "licence": recipe.licence,
+                    "versions": {"latentkit": __version__, "torch": str(torch.__version__)},
                     "reconstruction": measure(autoencoder, held),
                 }
                 save_autoencoder(path, first_stage, provenance)
@@ -71,13 +93,47 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     return path
 
 
+def _begin(autoencoder: Autoencoder, start: str) -> None:
+    """Give an autoencoder the weights of the one called `start`; InputError where their shapes differ."""
+    given = load_autoencoder(find(start)).autoencoder
+    if given is None or given.config != autoencoder.config:
+        found = "no autoencoder" if given is None else f"an autoencoder of {given.config}"
+        raise InputError(f"start: {start} holds {found}; the recipe's network is {autoencoder.config}", exit_code=2)
+    autoencoder.load_state_dict(given.state_dict())
+
+
+def _perceptual(recipe: AutoencoderRecipe, loader: Loader, folder: Path) -> PerceptualDistance | None:
+    """The network of the loss's perceptual part; our own is trained on the pictures first, as a run within the run."""
+    settings = recipe.loss.perceptual
+    if settings is None:
+        return None
+    device = distributed.pick_device(recipe.schedule.device)
+    if settings.network != "own":
+        return read_distance(settings).to(device)
+    channels = recipe.network.picture_channels
+    trunk = OwnTrunk(FeatureConfig(picture_channels=channels))
+    schedule = recipe.schedule.model_copy(update={"steps": settings.steps})
+    about = {"features": settings.model_dump(mode="json"), "of": recipe.name}
+    with RunFolder(folder / "perceptual", about, writes=distributed.world().main) as run:
+        Trainer(
+            FeatureObjective(trunk, recipe.seed),
+            loader.batches,
+            run,
+            schedule=schedule,
+            optimiser=Optimiser(),
+            averaging=Averaging(power=()),
+            seed=recipe.seed,
+        ).train()
+    return PerceptualDistance(trunk, channels).to(device)
+
+
 def measure(autoencoder: Autoencoder, pictures: Pictures) -> dict[str, float]:
     """Reconstruction figures of an autoencoder on pictures, in float32."""
-    return reconstruction(_pairs(autoencoder, pictures))
+    return reconstruction(pairs(autoencoder, pictures))
 
 
 @torch.inference_mode()
-def _pairs(autoencoder: Autoencoder, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs(autoencoder: Autoencoder, pictures: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
     """(original, reconstruction) in [-1, 1], `c h w` each, one picture at a time."""
     autoencoder.eval()
     device = next(autoencoder.parameters()).device
@@ -93,8 +149,9 @@ def _look(step: int, trainer: Trainer, autoencoder: Autoencoder, held: Pictures)
         return
     with trainer.ema.applied():
         values: dict[str, Any] = measure(autoencoder, held)
-        shown = [pair for _, pair in zip(range(SHEET), _pairs(autoencoder, held))]
+        shown = [pair for _, pair in zip(range(SHEET), pairs(autoencoder, held))]
+    mean, square = trainer.shared["latent_moments"]
+    values |= {"latent_mean": mean.tolist(), "latent_std": (square - mean.square()).clamp_min(0).sqrt().tolist()}
     trainer.log({f"validation/{name}": value for name, value in values.items()})
-    square = [pair for pair in shown if pair[0].shape == shown[0][0].shape]
-    sheet = [original for original, _ in square] + [decoded for _, decoded in square]
-    write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet, len(square))
+    sheet = [original for original, _ in shown] + [decoded for _, decoded in shown]
+    write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet, len(shown))

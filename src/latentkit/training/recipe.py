@@ -2,14 +2,14 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from latentkit.data.dataset import Transform
 from latentkit.diffusion.schedule import NoiseSchedule
-from latentkit.errors import InputError, nearest
+from latentkit.errors import InputError, close, nearest, wording
 from latentkit.model.conditioners.label import LabelConfig
 from latentkit.model.denoiser import PredictionName
 from latentkit.nets.autoencoder import AutoencoderConfig
@@ -34,6 +34,8 @@ class DataRecipe(BaseModel):
     """Validate on the items of this split; null: on 5 % of the items, fixed by their digests, kept out of training."""
     transform: Transform
     workers: int = Field(default=0, ge=0)
+    keywords: float = Field(default=0.0, ge=0, le=1)
+    """Share of the draws of pictures with keywords that say some keywords, or the caption's words shuffled, instead."""
 
 
 class Sampling(BaseModel):
@@ -71,6 +73,16 @@ class AutoencoderRecipe(_Common):
     stage: Literal["autoencoder"]
     network: AutoencoderConfig
     loss: ReconstructionLoss = ReconstructionLoss()
+    start: str | None = None
+    """An autoencoder's model file or run folder, or a whole model's, that training goes on from; null: from nothing."""
+    frozen_encoder: bool = False
+    """Train the decoder of `start` alone, so that latents that were cached, and second stages, stay valid."""
+
+    @model_validator(mode="after")
+    def _something_frozen(self) -> Self:
+        if self.frozen_encoder and self.start is None:
+            raise ValueError("frozen_encoder needs an autoencoder to start from; name it as start")
+        return self
 
 
 class DiffusionRecipe(_Common):
@@ -91,6 +103,7 @@ class DiffusionRecipe(_Common):
 
 
 Recipe = Annotated[AutoencoderRecipe | DiffusionRecipe, Field(discriminator="stage")]
+STAGES = ("autoencoder", "diffusion")
 _ADAPTER: TypeAdapter[AutoencoderRecipe | DiffusionRecipe] = TypeAdapter(Recipe)
 
 
@@ -104,12 +117,16 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> AutoencoderRe
 
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:
-    location = [part for part in problem["loc"] if part not in ("autoencoder", "diffusion")]
-    key = ".".join(map(str, location)) or "stage"
+    location = [part for part in problem["loc"] if part not in STAGES]
+    key = ".".join(map(str, location))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{key}: unknown key; {nearest(str(location[-1]), _allowed(values, location[:-1]))}"
-    got = f" (got {problem['input']!r})" if problem["type"] not in ("missing", "union_tag_not_found") else ""
-    return f"{key}: {problem['msg']}{got}"
+    if problem["type"] == "union_tag_not_found":
+        typed = next((name for name in values if close(name, ["stage"])), None)
+        return f"stage: is missing; write it as one of {', '.join(STAGES)}" + (f" (got {typed!r})" if typed else "")
+    if problem["type"] == "union_tag_invalid":
+        return f"stage: {values['stage']!r} is unknown; {nearest(str(values['stage']), STAGES, every=True)}"
+    return f"{key}: {wording(problem)}"
 
 
 def _allowed(values: dict[str, Any], path: list[Any]) -> list[str]:
@@ -147,6 +164,10 @@ def _plain(text: str) -> Any:
 def read_recipe(path: str, overrides: list[str]) -> AutoencoderRecipe | DiffusionRecipe:
     """A recipe file with `key.key=value` overrides (values are YAML); InputError on anything wrong."""
     file = Path(path)
+    if file.is_dir():
+        known = sorted(str(found) for found in file.glob("*.yaml"))
+        said = f"name one of its recipes: {', '.join(known)}" if known else "it holds no recipe (*.yaml)"
+        raise InputError(f"{path!r} is a folder; {said}", exit_code=2)
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path("recipes")
         known = [str(found) for found in folder.glob("*.yaml")]
