@@ -18,8 +18,6 @@ SCHEDULES = {
     "shifted": NoiseSchedule("flow", shift=3.0),
 }
 SD = SCHEDULES["scaled_linear"]
-FROM_BELOW = ("leading", "ddim_uniform", "leading:drop=1")
-"""These begin below the last level, as their authors have them."""
 VARIANTS = (
     *SPACINGS,
     "leading:drop=1",
@@ -55,7 +53,7 @@ def test_every_schedule_gives_every_spacing(name: str, kind: str) -> None:
     schedule = SCHEDULES[kind]
     for steps in (*range(1, 13), 20, 50, 111, 333, 500, 501, 749, 999, 1000):
         sigmas = falls(name, schedule, steps)
-        if not name.startswith(("leading", "ays")) and (steps > 1 or not name.startswith("linspace")):
+        if not name.startswith(("leading", "ays", "lcm")) and (steps > 1 or not name.startswith("linspace")):
             assert sigmas[0] == pytest.approx(schedule.sigma_max, rel=1e-9)
 
 
@@ -181,6 +179,11 @@ def test_a_searched_spacing_is_the_models_own_list_and_log_linear_between() -> N
             assert (np.diff(sigmas) < 0).all()
     with pytest.raises(InputError, match="this model holds no searched spacing; `latentkit search-spacing` finds one"):
         space("searched", schedule, 4)
+
+
+def test_lcm_takes_some_of_its_fifty() -> None:
+    np.testing.assert_allclose(SD.to_timestep(space("lcm", SD, 4)[:-1]), [999, 759, 499, 259])
+    np.testing.assert_allclose(SD.to_timestep(space("lcm:origin=100", SD, 3)[:-1]), [999, 669, 339])
 
 
 def test_the_end_is_zero_or_what_is_asked_for() -> None:

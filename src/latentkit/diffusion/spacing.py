@@ -97,6 +97,11 @@ def _simple(schedule: NoiseSchedule, steps: int) -> Iterable[np.ndarray]:
     yield np.ceil(_downwards(schedule, steps)) - 1
 
 
+def _lcm(schedule: NoiseSchedule, steps: int, origin: float) -> Iterable[np.ndarray]:
+    skipped = np.floor(np.arange(steps) * origin / steps)
+    yield (origin - skipped) * ((schedule.top + 1) // origin) - 1
+
+
 def _downwards(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """T, T - T/n, ..., T/n for T levels."""
     levels = schedule.top + 1
@@ -173,6 +178,7 @@ SPACINGS: dict[str, Spacing] = {
     "normal": Spacing(_on_levels(_normal), "from the last level to the first (k-diffusion)"),
     "sgm_uniform": Spacing(_on_levels(_sgm_uniform), "normal with one more level, the first left out (ComfyUI)"),
     "simple": Spacing(_on_levels(_simple), "uniform, rounded up to whole levels (ComfyUI)"),
+    "lcm": Spacing(_on_levels(_lcm), "among `origin` trailing ones (Luo et al. 2023)", {"origin": 50.0}),
     "beta": Spacing(_on_levels(_beta), "Beta(0.6, 0.6) quantiles of the levels (Lee et al. 2024, ComfyUI)"),
     "beta_sigma": Spacing(_over(_beta_sigma), "Beta(0.6, 0.6) quantiles of sigma (diffusers)", ENDS),
     "karras": Spacing(_over(rho_levels), "even in sigma^(1/rho) (Karras et al. 2022, eq. 5)", {"rho": RHO, **ENDS}),
@@ -192,6 +198,7 @@ ALIASES = {
     "ays_sd15": "ays_sd1",
     "ays_sdxl": "ays_xl",
     "gits": SEARCHED,
+    "tcd": "lcm",
 }
 """What A1111 and ComfyUI call them, where case, spaces and hyphens do not make it our own name."""
 
