@@ -86,7 +86,7 @@ def test_the_bound_is_worse_than_the_exact_value_and_tight_without_end(endless: 
     found, spread = torch.stack(runs).mean(), torch.stack(runs).std() / len(runs) ** 0.5
     gap = float(found - exact) / BITS
     assert spread / BITS < 0.01
-    assert gap > -2 * spread / BITS
+    assert gap > -3 * spread / BITS
     assert gap < 0.03 if endless else 0.1 < gap < 1
 
 

@@ -28,6 +28,14 @@ class Bound(NamedTuple):
         """The bound of each picture, `b`."""
         return self.prior + self.steps.sum(1) + self.decoder
 
+    def decades(self, sigmas: np.ndarray) -> dict[float, float]:
+        """The mean over pictures of `steps` down `sigmas`, summed by the power of ten that an interval ends in."""
+        found: dict[float, float] = {}
+        for after, value in zip(_positive(sigmas)[1:].tolist(), self.steps.mean(0).tolist()):
+            decade = 10.0 ** math.floor(math.log10(after))
+            found[decade] = found.get(decade, 0.0) + value
+        return found
+
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 Draw = Callable[[int], Tensor]
@@ -49,12 +57,12 @@ def bound(denoise: Denoise, x0: Tensor, sigmas: np.ndarray, noise: Draw, offset:
 
     steps = []
     for i, (sigma, after) in enumerate(itertools.pairwise(sigmas.tolist())):
-        gained = after**-2 - sigma**-2
         if offset is None:
             steps.append(_divergence(seen(sigma, i), x0, sigma, after))
         else:
-            within = (sigma**-2 + gained * ((offset + i * GOLDEN) % 1)) ** -0.5
-            steps.append(0.5 * gained * _error(seen(within, i), x0))
+            width = math.log(sigma / after)
+            within = sigma * math.exp(-width * ((offset + i * GOLDEN) % 1))
+            steps.append(width * within**-2 * _error(seen(within, i), x0))
     last = float(sigmas[-1])
     decoder = normal(_error(seen(last, len(sigmas)), x0), x0[0].numel(), last**2)
     rows = torch.stack(steps, 1) if steps else x0.new_zeros(len(x0), 0)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -99,10 +100,10 @@ def likelihood(
             row["exact"] = latents - _log_density(denoise, z, flow, rows, seed)
         found.append(row)
     nats = {name: torch.cat([row[name] for row in found]).cpu() for name in found[0]}
-    return _in_bits(network, nats, sigmas[:-1].tolist(), 0 if flow is None else flow_steps)
+    return _in_bits(network, nats, sigmas, 0 if flow is None else flow_steps)
 
 
-def _in_bits(network: LatentDiffusion, nats: dict[str, Tensor], sigmas: list[float], flow_steps: int) -> Likelihood:
+def _in_bits(network: LatentDiffusion, nats: dict[str, Tensor], sigmas: np.ndarray, flow_steps: int) -> Likelihood:
     """Nats of pictures as bits of their elements; the decoder's deviation is the one that makes them fewest."""
     height, width = network.architecture.size
     d = height * width * network.architecture.picture_channels
@@ -112,23 +113,20 @@ def _in_bits(network: LatentDiffusion, nats: dict[str, Tensor], sigmas: list[flo
     if error is not None:
         variance = float(error.mean()) / d
         parts["decoder"] = diffusion.normal(error, d, variance)
-    bands: dict[float, float] = {}
-    for sigma, value in zip(sigmas[1:], steps.mean(0).tolist()):
-        decade = 10.0 ** math.floor(math.log10(sigma))
-        bands[decade] = bands.get(decade, 0.0) + value / (d * math.log(2))
+    decades = diffusion.Bound(nats["prior"], steps, nats["last level"]).decades(sigmas)
     means = {name: float(part.mean()) / (d * math.log(2)) for name, part in parts.items()}
     means["quantisation"] = float(diffusion.bits_per_dimension(torch.zeros(()), d))
     return Likelihood(
         bound=_mean(diffusion.bits_per_dimension(torch.stack(list(parts.values())).sum(0), d)),
         exact=None if exact is None else _mean(diffusion.bits_per_dimension(exact, d)),
         parts=means,
-        levels=sorted(bands.items(), reverse=True),
+        levels=[(sigma, value / (d * math.log(2))) for sigma, value in decades.items()],
         decoder_std=None if variance is None else variance**0.5,
         pictures=len(steps),
         size=(width, height),
         channels=network.architecture.picture_channels,
         told=tuple(network.conditioners),
-        steps=len(sigmas),
+        steps=len(sigmas) - 1,
         flow_steps=flow_steps,
     )
 
@@ -185,7 +183,7 @@ def _latents(network: LatentDiffusion, pixels: Tensor, rows: range, seed: int) -
     return stage.from_moments(moments, eps), scaled - entropy
 
 
-def _log_density(denoise: Denoise, z: Tensor, sigmas: Any, rows: range, seed: int) -> Tensor:
+def _log_density(denoise: Denoise, z: Tensor, sigmas: np.ndarray, rows: range, seed: int) -> Tensor:
     """log p of each picture by the probability flow, with one probe of its own."""
     probes = torch.stack([keyed_normal(z.shape[1:], seed, "probe", i) for i in rows]).sign()
     return diffusion.log_density(denoise, z, sigmas, probes[None].to(z.device))

@@ -8,12 +8,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from latentkit.diffusion import likelihood
 from latentkit.diffusion.noise import keyed_batch, keyed_uniform
 from latentkit.diffusion.prediction import WEIGHTS, step_divergence
 from latentkit.diffusion.schedule import NoiseSchedule
+from latentkit.diffusion.spacing import space
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 GOLDEN = (math.sqrt(5) - 1) / 2
+BOUND_LEVELS = 24
+"""Noise levels that `DiffusionObjective.bound` sees."""
 BOUND_SHARE = 0.001
 """Weight of the variational bound beside the squared error (Nichol & Dhariwal 2021, equation 16)."""
 
@@ -121,6 +125,25 @@ class DiffusionObjective:
         rows = [torch.as_tensor(v)[:, None, None, None].to(share.device, torch.float32) for v in (sigma, after, inner)]
         divergence = step_divergence(share, error, rows[0], rows[1]) * rows[2]
         return schedule.steps * divergence.flatten(1).mean(1) / math.log(2)
+
+    @torch.no_grad()
+    def bound(self, batch: dict[str, Any]) -> dict[str, float]:
+        """The variational bound of the batch's clean latents, nats per element of them: whole, and by tens of sigma.
+
+        It is one of latents, not of pictures (for those: `evaluation/likelihood.py`).
+        """
+        x0 = self.latents(batch)
+        told = {name: list(self.model.conditioner(name).from_batch(batch)) for name in self.model.conditioners}
+        denoise = self.model.denoiser.bind(self.model.condition(told, len(x0)))
+        sigmas = space("exponential", self.model.denoiser.schedule, BOUND_LEVELS)
+
+        def draw(level: int) -> Tensor:
+            return keyed_batch(batch["draw"], x0.shape[1:], level, "bound").to(x0.device)
+
+        found = likelihood.bound(denoise, x0, sigmas, draw, 0.5)
+        values = {"bound": float(found.total().mean())}
+        values |= {f"bound_from_sigma_{sigma:g}": value for sigma, value in found.decades(sigmas).items()}
+        return {name: value / x0[0].numel() for name, value in values.items()}
 
     def loss(self, turn: str, batch: dict[str, Any], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean over the batch; sigma, noise and dropout are keyed by (seed, draw)."""
