@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from latentkit.nets.bottleneck import exact
 from latentkit.nets.critics import CriticConfig, PatchCritic
 from latentkit.training.optimizers import Optimiser
 
@@ -93,15 +94,15 @@ class Adversary:
         settings, count = self.settings, len(pixels)
         if settings.r1:
             real, penalty = slope_penalty(self.critic, pixels)
-            real, fake = real.float(), self.critic(shared["decoded"]).float()
+            real, fake = exact(real), exact(self.critic(shared["decoded"]))
         else:
-            real, fake = self.critic(torch.cat([pixels, shared["decoded"]])).float().split(count)
+            real, fake = exact(self.critic(torch.cat([pixels, shared["decoded"]]))).split(count)
             penalty = real.new_zeros(())
         loss = LOSSES[settings.loss](real, fake) + settings.r1 * penalty
         if settings.lecam and "anchor_real" in shared:
             near = (real - shared["anchor_fake"]).square().mean() + (fake - shared["anchor_real"]).square().mean()
             loss = loss + settings.lecam * near
-        shared["pictures"] = torch.tensor(float(count))
+        shared["pictures"] = real.new_tensor(float(count))
         shared["verdict_real"], shared["verdict_fake"] = real.mean() * count, fake.mean() * count
         told = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
         return loss, {"real": real.mean(), "fake": fake.mean(), "told_apart": told}

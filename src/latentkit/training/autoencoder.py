@@ -216,7 +216,7 @@ class AutoencoderObjective:
             loss = loss * (-self.log_variance).exp() + self.log_variance
             slope = slope * (-self.log_variance.detach()).exp()
         if self.adversary is not None and self.adversary.settings.measuring(step):
-            verdict = -self.adversary.critic(shown).float().mean()
+            verdict = -exact(self.adversary.critic(shown)).mean()
             (by_verdict,) = torch.autograd.grad(verdict, shown)
             last, count = self.autoencoder.decoder.conv_out.weight, len(pixels)
             for name, part in (("slope_difference", slope), ("slope_verdict", by_verdict)):
