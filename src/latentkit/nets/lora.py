@@ -1,0 +1,106 @@
+"""LoRA: changes of a network's weights that are kept apart from them, and put on at any strength."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from latentkit.errors import InputError
+
+
+@dataclass(frozen=True)
+class Change:
+    """A low-rank change of one weight: scale up down, with scale = alpha / rank.
+
+    `down` is `r i` or `r i kh kw`, `up` is `o r` or `o r 1 1` (Hu et al. 2022). `middle` `r r kh kw` stands between
+    them in a convolution (LoCon). A second pair makes it the elementwise product of two such changes (LoHa), each with
+    a middle or none. `magnitude` holds the norms that the rows, or for `1 i` the columns, of the changed weight get
+    (DoRA, Liu et al. 2024).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+    """None: the rank."""
+    middle: Tensor | None = None
+    second: "Change | None" = None
+    magnitude: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Of the (first) product."""
+        return self.up.shape[1]
+
+    def product(self) -> Tensor:
+        """up down, without the scale, float32: `o i` or `o i kh kw`."""
+        down, up = self.down.float(), self.up.float().flatten(1)
+        if self.middle is not None:
+            middle = torch.einsum("or,rskl->oskl", up, self.middle.float())
+            whole = torch.einsum("oskl,si->oikl", middle, down.flatten(1))
+        else:
+            whole = (up @ down.flatten(1)).unflatten(1, down.shape[1:])
+        return whole if self.second is None else whole * self.second.product()
+
+    def applied(self, weight: Tensor, strength: float) -> Tensor:
+        """The weight with `strength` of the change, float32; InputError where their shapes do not fit."""
+        scale = 1.0 if self.alpha is None else self.alpha / self.rank
+        change = self.product() * scale
+        if change.numel() != weight.numel() or change.shape[0] != weight.shape[0]:
+            raise InputError(f"a LoRA changes a weight of shape {tuple(change.shape)}; it is {tuple(weight.shape)}")
+        weight = weight.float()
+        changed = weight + change.reshape(weight.shape)
+        if self.magnitude is None:
+            return torch.lerp(weight, changed, strength)
+        return torch.lerp(weight, self._rescaled(changed), strength)
+
+    def _rescaled(self, weight: Tensor) -> Tensor:
+        assert self.magnitude is not None
+        magnitude, rows = self.magnitude.float().flatten(), weight.flatten(1)
+        if len(magnitude) == len(rows):
+            return weight * (magnitude / rows.norm(dim=1)).reshape(-1, *(1,) * (weight.ndim - 1))
+        columns = weight.transpose(0, 1).flatten(1)
+        if len(magnitude) != len(columns):
+            raise InputError(f"a DoRA has {len(magnitude)} magnitudes for a weight of shape {tuple(weight.shape)}")
+        return weight * (magnitude / columns.norm(dim=1)).reshape(1, -1, *(1,) * (weight.ndim - 2))
+
+
+Changes = Mapping[str, Change]
+"""The changes of a LoRA by the name of the weight, as in the network's `state_dict()`."""
+
+
+class Adapted:
+    """LoRAs put on a network: it computes with changed copies of its weights, which themselves stay as they are.
+
+    Several changes of one weight are put on one after another, and rounded once. Errors: InputError for a weight that
+    the network does not have, or of another shape.
+    """
+
+    def __init__(self, network: nn.Module, adapters: Iterable[tuple[Changes, float]]) -> None:
+        parameters = dict(network.named_parameters())
+        wanted: dict[str, list[tuple[Change, float]]] = {}
+        for changes, strength in adapters:
+            for name, change in changes.items():
+                if name not in parameters:
+                    raise InputError(f"a LoRA changes {name}, which this model does not have")
+                wanted.setdefault(name, []).append((change, strength))
+        changed: dict[str, Tensor] = {}
+        for name, steps in wanted.items():
+            weight = parameters[name].data
+            layout = torch.channels_last if weight.ndim == 4 else torch.contiguous_format
+            for change, strength in steps:
+                weight = change.applied(weight, strength)
+            like = parameters[name]
+            changed[name] = weight.to(like.device, like.dtype)
+            if like.ndim == 4 and like.is_contiguous(memory_format=layout):
+                changed[name] = changed[name].contiguous(memory_format=layout)
+        self._own = {name: parameters[name].data for name in changed}
+        self._parameters = parameters
+        for name, weight in changed.items():
+            parameters[name].data = weight
+
+    def remove(self) -> None:
+        """Give the network its own weights back, the same tensors as before."""
+        for name, weight in self._own.items():
+            self._parameters[name].data = weight
+        self._own = {}
