@@ -106,8 +106,8 @@ def test_of_two_stages_it_is_the_whole_bound(tmp_path: Path) -> None:
 
 
 def test_a_picture_has_its_number_whatever_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = pictures(tmp_path, 8)
-    model = Model(tiny_model(text=False, latent=False))
+    source, mean, std = pictures(tmp_path, 8), torch.zeros(3, 1, 1), torch.tensor([0.2, 0.4, 0.6])[:, None, None]
+    model = Model(believing(tiny_model(text=False, latent=False), mean, std))
     whole = likelihood(model, source, steps=5, flow_steps=4)
     assert (whole.pictures, whole.bound.error is None) == (COUNT, False)
     monkeypatch.setattr("latentkit.evaluation.likelihood.AT_ONCE", COUNT - 1)  # the last one alone
@@ -169,7 +169,7 @@ def test_the_command_prints_it(tmp_path: Path) -> None:
     source = pictures(tmp_path / "data", 8)
     save_model(tmp_path / "pixels.safetensors", tiny_model(text=False, latent=False), {}, torch.float32)
     words = ["evaluate", "likelihood", str(tmp_path / "data"), "-m", str(tmp_path / "pixels.safetensors")]
-    words += ["-n", "2", "--steps", "5", "--flow-steps", "4"]
+    words += ["-n", "2", "--steps", "3", "--flow-steps", "2"]
     shown = CliRunner().invoke(application(), [*words, "--json"])
     assert shown.exit_code == 0, shown.output
     document = json.loads(shown.stdout)
