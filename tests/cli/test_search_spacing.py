@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import tiny_model
 
 from latentkit import cli
@@ -17,6 +18,8 @@ from latentkit.applications import search_spacing as application
 from latentkit.applications.request import ask, resolve
 from latentkit.checkpoints import description
 from latentkit.checkpoints.files import Model, load, save_model
+from latentkit.diffusion.samplers.driver import sample
+from latentkit.diffusion.spacing import space
 from latentkit.errors import InputError
 
 Run = Callable[..., int]
@@ -60,7 +63,7 @@ def test_what_is_found_is_kept_and_drawn_with(run: Run, capsys: pytest.CaptureFi
     found = model.network.architecture.searched
     assert [len(sigmas) for sigmas in found] == [3, 5]
     assert all(sigmas[0] == 1e7 and sigmas[-1] == 0 and (np.diff(sigmas) < 0).all() for sigmas in found)
-    assert lines[0] == "2: " + " ".join(f"{sigma:.5g}" for sigma in found[0])
+    assert lines[0].startswith("2: " + " ".join(f"{sigma:.5g}" for sigma in found[0]) + "  off by ")
     assert model.provenance == load("tiny.safetensors").provenance
     assert all((tensor == weights[name]).all() for name, tensor in model.network.state_dict().items())
     assert load("tiny.safetensors").network.architecture.searched == ()
@@ -100,15 +103,45 @@ def test_a_number_that_cannot_be_searched_is_refused(run: Run, capsys: pytest.Ca
 def test_the_work_is_told_in_shares_and_divides_into_batches_without_a_change(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load("tiny.safetensors")
+    model = load("tiny.safetensors", dtype=torch.float32)
     *shares, whole = application.search_spacing(model, [3])
     assert isinstance(whole, application.Found)
     assert shares == sorted(shares)
-    assert shares[-1] == 1
+    assert shares[-1] == pytest.approx(1)
     monkeypatch.setattr(application, "CELLS_AT_ONCE", 1)
     *single, parts = application.search_spacing(model, [3])
+    assert isinstance(parts, application.Found)
     assert len(single) == 3 * len(shares)
-    assert parts == whole
+    assert parts.sigmas == whole.sigmas
+    assert parts.errors == pytest.approx(whole.errors, rel=1e-4)
+
+
+def test_of_the_lists_tried_the_nearest_is_taken_and_its_distance_is_true(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load("tiny.safetensors", dtype=torch.float32)
+    *_, found = application.search_spacing(model, [3, 5])
+    assert isinstance(found, application.Found)
+    each = []
+    for later in application.TRIED:
+        monkeypatch.setattr(application, "TRIED", (later,))
+        *_, alone = application.search_spacing(model, [3, 5])
+        assert isinstance(alone, application.Found)
+        each.append(alone.errors)
+    assert found.errors == pytest.approx([min(pair) for pair in zip(*each)])
+
+    def latents(sigmas: np.ndarray) -> torch.Tensor:
+        (requests,) = application._batches(model, 8, model.provenance["defaults"])
+        with torch.inference_mode():
+            plan = application._plan(model.network, requests)
+            *_, last = sample("dpm++2m", plan.denoise, plan.x, sigmas, None)
+            return last.x.clone()
+
+    schedule = model.network.architecture.schedule
+    many = latents(space("beta", schedule, 8))
+    for sigmas, error in ((found.sigmas[0], found.errors[0]), (space("uniform", schedule, 3), found.usual[0])):
+        apart = (latents(np.array(sigmas)) - many).square().mean((1, 2, 3)) / many.square().mean((1, 2, 3))
+        assert float(apart.sqrt().mean()) == pytest.approx(error, rel=1e-5)
 
 
 def test_it_is_searched_on_the_models_own_words() -> None:

@@ -13,9 +13,11 @@ def search_spacing(
         Path | None, typer.Option(help="Write the model with what was found to this file: a new one, or its own.")
     ] = None,
 ) -> None:
-    """Find the noise levels at which few steps best keep to a model's path of many. Prints a line for each count.
+    """Find the noise levels at which few steps best keep to a model's path of many.
 
-    In a file written with --into, `--spacing searched` draws with them; other numbers of steps lie in between.
+    Prints a line for each number of steps: the levels, and how far from many steps latents drawn with them are, against
+    the spacing that the model draws with otherwise. In a file written with --into, `--spacing searched` draws with
+    them; other numbers of steps lie in between.
     """
     import io
     import sys
@@ -36,7 +38,8 @@ def search_spacing(
     assert found is not None
     if into is not None:
         keep(loaded.network, found, find(model), into)
-    for sigmas in found.sigmas:
-        typer.echo(f"{len(sigmas) - 1}: " + " ".join(f"{sigma:.5g}" for sigma in sigmas))
+    for sigmas, error, usual in zip(*found):
+        levels = " ".join(f"{sigma:.5g}" for sigma in sigmas)
+        typer.echo(f"{len(sigmas) - 1}: {levels}  off by {error:.2%}, usual spacing {usual:.2%}")
     if into is not None:
         typer.echo(into)

@@ -31,17 +31,20 @@ def search(denoise: Denoise, x: Tensor, grid: np.ndarray, steps: int) -> tuple[f
     return tuple(grid[i] for i in choose(local_errors(list(follow(denoise, x, grid))), steps))
 
 
-def choose(costs: np.ndarray, steps: int) -> list[int]:
-    """The `steps + 1` points, the first and the last among them, of least cost: `costs[i, j]` is that of i to j."""
+def choose(costs: np.ndarray, steps: int, later: float = LATER) -> list[int]:
+    """The `steps + 1` points, the first and the last among them, of least cost: `costs[i, j]` is that of i to j.
+
+    A cost counts `later` times as much as one a step before it.
+    """
     last = len(costs) - 1
     if not 1 <= steps <= last:
         raise InputError(f"{steps} steps asked of a search over {last}; allowed are 1 to {last}", exit_code=2)
     best = [costs[:, last]]  # best[k][i]: the least cost of k + 1 steps from point i to the last
     for _ in range(steps - 1):
-        best.append((costs + LATER * best[-1]).min(1))
+        best.append((costs + later * best[-1]).min(1))
     chosen = [0]
     for rest in reversed(best[:-1]):
-        chosen.append(int((costs[chosen[-1]] + LATER * rest).argmin()))
+        chosen.append(int((costs[chosen[-1]] + later * rest).argmin()))
     return [*chosen, last]
 
 
