@@ -142,14 +142,13 @@ def test_it_is_a_conditioner_whose_absent_prompt_is_the_empty_one(sd1: ClipCondi
     told = context(sd1([*sd1.absent(1), ""]))
     assert torch.equal(told[0], told[1])
     assert sd1.room == 75
-    assert sd1.count("a (photo) of a cat") == 7
     assert sd1.state() == {"tokenizer": None}
 
 
 def test_long_prompts_are_windows_one_after_another(sdxl: ClipConditioner) -> None:
     words = [f"{word} {number}" for number in range(4) for word in ("cat", "dog", "red", "sun", "sea")] * 3
     prompt = " ".join(words)
-    assert 2 * 75 > sdxl.count(prompt) > 75
+    assert 2 * 75 > len(sdxl._ids(prompt)) > 75
     told = sdxl([prompt])
     first, second = " ".join(prompt.split()[:75]), " ".join(prompt.split()[75:])
     parts = sdxl([first, second])
@@ -249,4 +248,4 @@ def test_a_tokenizer_of_its_own_wins() -> None:
     text = clip_tokenizer().to_str()
     ours = ClipConditioner(small(SD1_TEXT), text)
     assert ours.state() == {"tokenizer": text}
-    assert ours.count("a cat") == 2
+    assert len(ours._ids("a cat")) == 2

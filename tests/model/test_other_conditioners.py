@@ -161,7 +161,6 @@ def test_captions_are_word_pieces_in_a_frame_of_the_encoders_length() -> None:
     assert torch.equal(told[3], ours.encoder(torch.tensor([[2, 5, 5, 5, 5, 5, 5, 3]]))[0])
     assert ours.from_batch({"caption": ["a"]}) == ["a"]
     assert ours.state() == {"tokenizer": PIECES_AND}
-    assert ours.room == 6
 
 
 @pytest.mark.parametrize("ids", [[1] * 7, [1] * 9, [40] * 8, [-1] * 8])

@@ -31,11 +31,6 @@ class BertConditioner(nn.Module):
             self._tokenizer.enable_padding(length=config.length)
         self.encoder = BertText(config)
 
-    @property
-    def room(self) -> int:
-        """Tokens that are read of a caption, between [CLS] and [SEP]."""
-        return self.config.length - 2
-
     def from_batch(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a training batch."""
         return list(batch["caption"])

@@ -79,10 +79,6 @@ class ClipConditioner(nn.Module):
         """Tokens of a prompt that one window holds."""
         return self.config.towers[0].length - 2
 
-    def count(self, caption: str) -> int:
-        """Tokens of a whole caption, emphasis unread."""
-        return len(self._ids(caption))
-
     def learn(self, name: str, vectors: Sequence[Tensor]) -> None:
         """From now on `name` in a prompt stands for `vectors`, `n d` for each tower (Gal et al. 2022).
 
