@@ -26,7 +26,7 @@ from latentkit.model.conditioning import Conditioning
 from latentkit.nets.clip import ClipTextConfig
 
 SMALL = {"width": 16, "layers": 3, "heads": 2}
-PROMPTS = ["a photo of a cat", "", "two red hearts, naïve", "word " * 75]
+PROMPTS = ["a photo of a cat", "", "two red hearts, naïve", "word " * 75, "an <|endoftext|> inside"]
 
 
 def small(config: ClipConfig) -> ClipConfig:
@@ -181,6 +181,18 @@ def test_emphasis_scales_the_tokens_and_keeps_the_mean(sd1: ClipConditioner) -> 
     assert torch.equal(balanced, context(sd1(["red cat"])))
 
 
+def test_a_mean_of_nothing_scales_nothing() -> None:
+    ours = made(SD1_TEXT)
+    (tower,) = ours.towers
+    tower.norm_out.weight.fill_(1.0)
+    tower.norm_out.bias.zero_()
+    plain, heavy = context(ours(["a red cat"]))[0], context(ours(["a (red:1.5) cat"]))[0]
+    ratio = heavy[1] / plain[1]
+    assert abs(plain.mean()) < 1e-6
+    assert 0.5 <= ratio.mean() <= 2
+    torch.testing.assert_close(heavy[2] / plain[2], 1.5 * ratio, atol=1e-4, rtol=1e-4)
+
+
 def test_captions_of_training_have_no_emphasis(sd1: ClipConditioner) -> None:
     (told,) = sd1.from_batch({"caption": ["flag (old)"]})
     ids = [list(ids) for ids, _ in sd1._windows(told)]
@@ -204,11 +216,19 @@ def test_learnt_vectors_stand_for_their_name() -> None:
     torch.testing.assert_close(context(ours(["a <my-cat> here"])), context(ours(["a cat cat here"])))
 
 
+def test_the_longest_name_wins_and_letters_of_any_script_do() -> None:
+    ours = made(SD1_TEXT)
+    ours.learn("ink", [torch.randn(1, 16)])
+    ours.learn("INK style", [torch.randn(2, 16)])
+    ids = [token for unit in ours._units("ink, ınk Style") for token in unit]
+    assert ids == [49408, 267, 49409, 49410]
+
+
 def test_learnt_vectors_are_not_torn_by_a_window() -> None:
     ours = made(SD1_TEXT)
     ours.learn("style", [torch.randn(4, 16)])
     first, second = (ids for ids, _ in ours._windows("cat " * 73 + "style"))
-    assert first[74] == first[75] == 49407
+    assert first[73:77] == [2368, 49407, -1, -1]
     assert second[1:5] == [49408, 49409, 49410, 49411]
 
 

@@ -19,6 +19,9 @@ from latentkit.model.conditioners.tokenizer import END, START, clip_tokenizer, f
 from latentkit.model.conditioning import Conditioning
 from latentkit.nets.clip import VIT_BIGG_TEXT, VIT_H_TEXT, VIT_L_TEXT, ClipText, ClipTextConfig
 
+SCALED = (0.5, 2.0)
+"""How far a window may be scaled back: a mean near zero says nothing, and would scale by anything."""
+
 
 @dataclass(frozen=True)
 class ClipConfig:
@@ -141,16 +144,21 @@ class ClipConditioner(nn.Module):
         if not self._learnt:
             yield from ([token] for token in self._ids(text))
             return
-        places, behind = {}, self.config.towers[0].vocabulary
+        rows, behind = {}, self.config.towers[0].vocabulary
         for name, vectors in self._learnt.items():
-            places[name.lower()] = [behind + i for i in range(len(vectors[0]))]
+            rows[name] = list(range(behind, behind + len(vectors[0])))
             behind += len(vectors[0])
-        names = "|".join(re.escape(name) for name in sorted(places, key=len, reverse=True))
-        for number, part in enumerate(re.split(rf"(?<!\w)({names})(?!\w)", text, flags=re.IGNORECASE)):
-            yield from [places[part.lower()]] if number % 2 else ([token] for token in self._ids(part))
+        names = sorted(rows, key=len, reverse=True)
+        pattern = "|".join(f"({re.escape(name)})" for name in names)
+        plain = 0
+        for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE):
+            yield from ([token] for token in self._ids(text[plain : match.start()]))
+            yield rows[names[(match.lastindex or 1) - 1]]
+            plain = match.end()
+        yield from ([token] for token in self._ids(text[plain:]))
 
     def _windows(self, prompt: str) -> Iterator[tuple[list[int], list[float]]]:
-        """Ids and weights of each window, start, end and padding (the end token, here) included."""
+        """Ids and weights of each window, start, end and padding (-1) included."""
         groups = pieces(prompt)
         for group in groups:
             units = [(unit, weight) for text, weight in group for unit in self._units(text)]
@@ -166,22 +174,20 @@ class ClipConditioner(nn.Module):
             yield self._window(ids, weights)
 
     def _window(self, ids: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
-        rest = self.room - len(ids) + 1
-        return [self._start, *ids, *[self._end] * rest], [1.0, *weights, *[1.0] * rest]
+        rest = self.room - len(ids)
+        return [self._start, *ids, self._end, *[-1] * rest], [1.0, *weights, 1.0, *[1.0] * rest]
 
     def _read(self, number: int, ids: Tensor, weights: Tensor, skip: int) -> tuple[Tensor, Tensor | None]:
         """Context and vector of every window by one of the towers."""
         tower = cast(ClipText, self.towers[number])
         device, pad = tower.position_embedding.device, tower.config.pad
-        if pad is not None:
-            behind = (ids == self._end).cumsum(1) > 1
-            ids = torch.where(behind, pad, ids)
+        ids = torch.where(ids < 0, self._end if pad is None else pad, ids)
         learnt = torch.cat([vectors[number] for vectors in self._learnt.values()]).to(device) if self._learnt else None
         context, vector = tower(ids.to(device), self._end, skip, learnt)
         if (weights != 1).any():
             heavy = context.float() * weights.to(device)[..., None]
             mean, after = context.float().mean((1, 2), keepdim=True), heavy.mean((1, 2), keepdim=True)
-            context = (heavy * (mean / after)).to(context.dtype)
+            context = (heavy * (mean / after).nan_to_num(1.0).clamp(*SCALED)).to(context.dtype)
         return context, vector
 
 
