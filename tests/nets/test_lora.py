@@ -57,6 +57,8 @@ def test_dora_gives_rows_or_columns_their_norms() -> None:
     torch.testing.assert_close(rows / rows.norm(dim=1, keepdim=True), plain / plain.norm(dim=1, keepdim=True))
     columns = Change(down, up, magnitude=torch.arange(1.0, 6.0)[None]).applied(weight, 1.0)
     torch.testing.assert_close(columns.norm(dim=0), torch.arange(1.0, 6.0))
+    square = Change(random(2, 5), random(5, 2), magnitude=torch.ones(1, 5)).applied(random(5, 5), 1.0)
+    torch.testing.assert_close(square.norm(dim=0), torch.ones(5))
     half = Change(down, up, magnitude=torch.ones(6, 1)).applied(weight, 0.5)
     torch.testing.assert_close(half, (weight + plain / plain.norm(dim=1, keepdim=True)) / 2)
     with pytest.raises(InputError, match="4 magnitudes"):

@@ -15,8 +15,8 @@ class Change:
 
     `down` is `r i` or `r i kh kw`, `up` is `o r` or `o r 1 1` (Hu et al. 2022). `middle` `r r kh kw` stands between
     them in a convolution (LoCon). A second pair makes it the elementwise product of two such changes (LoHa), each with
-    a middle or none. `magnitude` holds the norms that the rows, or for `1 i` the columns, of the changed weight get
-    (DoRA, Liu et al. 2024).
+    a middle or none. `magnitude` holds the norms that the changed weight gets for each output (`o`, `o 1` ...) or each
+    input (`1 i` ...) (DoRA, Liu et al. 2024).
     """
 
     down: Tensor
@@ -57,7 +57,7 @@ class Change:
     def _rescaled(self, weight: Tensor) -> Tensor:
         assert self.magnitude is not None
         magnitude, rows = self.magnitude.float().flatten(), weight.flatten(1)
-        if len(magnitude) == len(rows):
+        if self.magnitude.shape[:1] == magnitude.shape == (len(rows),):
             return weight * (magnitude / rows.norm(dim=1)).reshape(-1, *(1,) * (weight.ndim - 1))
         columns = weight.transpose(0, 1).flatten(1)
         if len(magnitude) != len(columns):
