@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from latentkit.applications.fit import choice, division
+from latentkit.applications.fit import choice, division, measure
 from latentkit.applications.fit.choice import Scale
 from latentkit.data.pictures import to_png, to_tiff
 
@@ -43,6 +43,7 @@ def tiny(monkeypatch, tmp_path):
     """Tiny networks on every device, one thread's worth of report, an own cache, and an empty working folder."""
     for device in choice.SCALES:
         monkeypatch.setitem(choice.SCALES, device, TINY)
+    monkeypatch.setattr(measure, "TIMED", 0.0)
     monkeypatch.setattr(division, "SAMPLES", (8, 6, 5))
     monkeypatch.setattr(choice, "_precision", lambda device: "float32")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -70,6 +70,21 @@ def test_size_by_the_median_short_side_and_the_device(side, device, size, monkey
     )
 
 
+@pytest.mark.parametrize(
+    ("shapes", "buckets", "said"),
+    [
+        ([(100, 100)] * 3, False, "all are square"),
+        ([(100, 100)] * 9 + [(100, 190)], False, "they lose 4.7% of their area: at most 10%"),
+        ([(100, 150)] * 3, True, "one square would cut off 33% of their area: more than 10%; 80x48 (3)"),
+        ([(150, 100), (100, 150), (100, 150)], True, "48x80 (2), 80x48 (1)"),
+    ],
+)
+def test_pictures_keep_their_shape_where_a_square_would_cut_much(shapes, buckets, said):
+    found = chosen(source(*({"width": width, "height": height} for width, height in shapes)))
+    assert found.autoencoder.data.transform.buckets is found.diffusion.data.transform.buckets is buckets
+    assert said.replace("80x48 (3)", "48x80 (3)") in why(found, "shape").why
+
+
 def test_size_asked_for():
     assert chosen(source({}, {}), size=128).diffusion.data.transform.size == 128
     for wrong in (50, 8, 0, -64, 4096):
@@ -176,3 +191,15 @@ def test_splits_that_the_data_names(splits, expected):
 )
 def test_names_from_folders(folder, name):
     assert model_name(folder) == name
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "zoom"), [(5, 400, 4), (5, 150, 2), (5, 100, 1), (choice.MANY, 400, 1), (choice.MANY - 1, 400, 4)]
+)
+def test_few_pictures_are_also_shown_in_parts_to_the_first_stage(count, side, zoom):
+    found = chosen(source(*[{"width": side, "height": side}] * count))
+    assert found.autoencoder.data.transform.zoom == zoom
+    assert found.autoencoder.data.transform.crop == ("center" if zoom == 1 else "random")
+    assert found.diffusion.data.transform == found.autoencoder.data.transform.model_copy(
+        update={"zoom": 1, "crop": "center"}
+    )

@@ -4,16 +4,28 @@ import re
 
 import pytest
 
-from latentkit.applications.fit.division import LEAST_STEPS, Costs, divide, duration, parse_budget, suggested
+from latentkit.applications.fit.division import Costs, divide, duration, parse_budget, suggested
+from latentkit.applications.fit.measure import Measured
 from latentkit.errors import InputError
 
-EMOJI = Costs(0.2, 16, 0.5, 32, 0.002, 1784, 86)
-PHOTOS = Costs(0.05, 32, 0.1, 64, 0.05, 20000, 1000)
-FEW = Costs(0.3, 16, 0.6, 32, 0.01, 12, 1)
+
+def costs(first, first_batch, second, second_batch, decode, pictures, held):
+    """Everything besides steps as parts of what a picture of a step takes."""
+    one, two = first / first_batch, second / second_batch
+    return Costs(
+        Measured(seconds=first, memory=1, save=0.5, decode=decode, encode=0.4 * one, look=one),
+        Measured(seconds=second, memory=1, save=1.0, look=2.4 * two, draw=10 * two),
+        first_batch, second_batch, pictures, held, spent=20.0,
+    )  # fmt: skip
+
+
+EMOJI = costs(0.2, 16, 0.5, 32, 0.002, 1784, 86)
+PHOTOS = costs(0.05, 32, 0.1, 64, 0.05, 20000, 1000)
+FEW = costs(0.3, 16, 0.6, 32, 0.01, 12, 1)
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"), [("90s", 90), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("1d2h", 93600)]
+    ("text", "seconds"), [("150s", 150), ("30m", 1800), ("2h", 7200), ("1h30m", 5400), ("1.5h", 5400), ("1d2h", 93600)]
 )
 def test_times(text, seconds):
     assert parse_budget(text) == seconds
@@ -27,7 +39,8 @@ def test_what_is_no_time(text):
 
 
 def test_durations_read_back_and_are_never_too_short():
-    for seconds in (0.2, 5, 89.5, 90, 100, 3599, 3600, 5000, 7200, 100000):
+    assert [duration(seconds) for seconds in (0.2, 5, 89.5, 90)] == ["1s", "5s", "90s", "2m"]
+    for seconds in (120, 130, 3599, 3600, 5000, 7200, 100000):
         assert seconds <= parse_budget(duration(seconds)) <= seconds * 1.7 + 1
 
 
@@ -36,19 +49,41 @@ def test_durations_read_back_and_are_never_too_short():
 def test_a_budget_is_filled_and_shared_as_promised(costs, budget):
     found = divide(costs, budget)
     assert 0.97 * budget <= found.total <= budget
-    first, second = found.first_steps * costs.first_step, found.second_steps * costs.second_step
-    assert second / first == pytest.approx(0.6 / 0.35, rel=0.01)
+    first, second = found.first_steps * costs.first.seconds, found.second_steps * costs.second.seconds
+    assert second / first == pytest.approx(0.6 / 0.35, rel=0.02)
 
 
-@pytest.mark.parametrize("costs", [EMOJI, PHOTOS, FEW])
-def test_too_small_a_budget_names_the_least(costs):
-    with pytest.raises(InputError, match="too small") as caught:
-        divide(costs, 10)
-    least = parse_budget(re.search(r"the least is (\S+)", str(caught.value))[1])
-    found = divide(costs, least)
-    assert min(found.first_steps, found.second_steps) >= LEAST_STEPS
-    with pytest.raises(InputError, match="too small"):
-        divide(costs, 0.9 * least - 61)
+def test_too_small_a_budget_is_the_same_on_every_machine():
+    for text in ("3s", "90s", "119s"):
+        with pytest.raises(
+            InputError, match=f"a budget of {text} is too small for two stages; the least is 2m"
+        ) as caught:
+            parse_budget(text)
+        assert caught.value.exit_code == 2
+    assert parse_budget("2m") == 120
+    slow = FEW._replace(first=FEW.first.model_copy(update={"seconds": 7.0}))
+    assert divide(slow, 120).little
+    assert divide(slow, 120).total <= 120
+    assert not divide(FEW, 600).little
+
+
+def test_no_time_for_steps_is_refused_with_a_budget_that_has_some():
+    with pytest.raises(InputError, match=r"reading, encoding and measuring 21000 pictures takes \d+m") as caught:
+        divide(PHOTOS, 600)
+    enough = parse_budget(re.search(r"give (\S+) or more", str(caught.value))[1])
+    assert divide(PHOTOS, enough).total <= enough
+
+
+def test_the_plan_counts_every_part():
+    found = divide(EMOJI, None, (1000, 2000))
+    quiet = EMOJI._replace(second=EMOJI.second.model_copy(update={"draw": 0.0, "look": 0.0, "save": 0.0}))
+    without = divide(quiet, None, (1000, 2000))
+    draws = EMOJI.second.draw
+    assert found.report - without.report == pytest.approx(found.samples * draws)
+    looks = found.looks * (86 * EMOJI.second.look + 16 * draws)
+    assert found.second - without.second == pytest.approx(looks + 1.0 + 2000 * 0.5 * 1.0 / 60)
+    assert found.total == pytest.approx(20 + found.first + found.latents + found.second + found.report)
+    assert found.first == pytest.approx(3 + 1870 * 0.002 + 1000 * 0.2 * (1 + 0.5 / 60) + 0.5 + 6 * 86 * 0.2 / 16)
 
 
 def test_small_budgets_look_less_often():

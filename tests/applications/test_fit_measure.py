@@ -78,12 +78,54 @@ def test_a_rehearsal_tells_of_steps_that_are_skipped(tiny):
 def test_both_stages_are_measured(tiny, kind):
     found, train = planned(tiny, kind)
     first = measure_autoencoder(found.autoencoder, train)
-    second = measure_diffusion(found.diffusion, found.autoencoder, train.source)
+    second = measure_diffusion(found.diffusion, found.autoencoder, train)
     for measured in (first, second):
         assert 0 < measured.seconds < 10
         assert 10**7 < measured.memory < 10**11
         assert measured.micro_batch is None
-    assert first.decode > 0
+        assert measured.look > 0
+        assert measured.save > 0
+    assert min(first.decode, first.encode, second.draw) > 0
+
+
+def test_steps_are_timed_over_several_batches_once_they_are_warm(tiny, monkeypatch):
+    found, _ = planned(tiny)
+    now = itertools.count()
+    monkeypatch.setattr(measure.time, "monotonic", lambda: float(next(now)))
+    monkeypatch.setattr(measure, "TIMED", 9.0)
+    seen = []
+
+    class Seen(Falling):
+        def loss(self, turn, batch, shared):
+            seen.append(batch["draw"][0].item())
+            return super().loss(turn, batch, shared)
+
+    seconds, _ = measure._steps(
+        found.autoencoder, Seen(), [{"step": 0, "draw": torch.arange(n, n + 4)} for n in (0, 4, 8)], 4, 4, None
+    )
+    assert seen[:4] == [0, 4, 8, 0]
+    assert len(seen) > measure.WARM + measure.LEAST_TIMED - 1
+    assert seconds >= 1
+
+
+def test_pictures_that_are_read_in_every_step_cost_time_in_every_step(tiny, monkeypatch):
+    found, train = planned(tiny)
+    monkeypatch.setattr(measure, "_measure", lambda *_: measure.Measured(seconds=1.0, memory=1))
+    monkeypatch.setattr(measure, "_taken", lambda loader: (taken(loader), times.pop(0)))
+
+    def taken(loader):
+        return list(itertools.islice(loader.batches(), 2))
+
+    times = [8.0, 0.4]  # read once: then kept
+    kept = measure_autoencoder(found.autoencoder, train)
+    times = [8.0, 8.0]
+    read = measure_autoencoder(found.autoencoder, train)
+    assert kept.seconds == pytest.approx(1 + 0.4 / measure.DISTINCT)
+    assert read.seconds == pytest.approx(1 + 8 / measure.DISTINCT)
+    assert kept.decode == pytest.approx(8 / 8)
+    beside = found.autoencoder.model_copy(update={"data": found.autoencoder.data.model_copy(update={"workers": 1})})
+    times = [8.0, 8.0]
+    assert measure_autoencoder(beside, train).seconds == pytest.approx(8 / measure.DISTINCT)
 
 
 def test_little_memory_makes_small_portions(tiny, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from latentkit.applications.generate import generate
 from latentkit.applications.request import (
     FALLBACK,
     Attachment,
@@ -104,7 +105,7 @@ def test_the_task_is_told_by_what_is_given(picture: Path) -> None:
         (WORDS, ClassToImage(label="food"), "takes no label; it takes: prompt"),
         (WORDS, TextToImage(), "text-to-image needs a prompt"),
         (WORDS, Unconditional(prompt="x"), "neither prompt nor label"),
-        (WORDS, TextToImage(prompt="x", strength=0.5), "takes no init picture and no strength"),
+        (WORDS, TextToImage(prompt="x", strength=0.5), "strength 0.5 says .*give one \\(--init PICTURE"),
         (NOTHING, Unconditional(guidance_scale=2.0), "nothing to guide"),
         (WORDS, TextToImage(prompt="x", negative="y", guidance_scale=1.0), "negative prompt has no effect"),
         (WORDS, TextToImage(prompt="x", guidance_low=5.0, guidance_high=5.0), "low must be below high"),
@@ -161,3 +162,14 @@ def test_an_attached_picture_travels_as_its_digest(picture: Path, tmp_path: Path
     assert Attachment.read(other) != request.init
     with pytest.raises(InputError, match="cannot be read"):
         ImageToImage(tmp_path / "none.png")
+
+
+def test_a_text_longer_than_the_encoder_reads_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    words = "green apple on a red heart and a slice of pizza"
+    for prompt, negative in (("red heart", ""), (words, words)):
+        next(generate(Model(WORDS, {}), TextToImage(prompt=prompt, negative=negative, seed=1)))
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 2 * bool(negative)
+    assert said[0].startswith("7 of the ")
+    assert "tokens of the prompt 'green apple on a red heart" in said[0]
+    assert "of the negative" in said[1]

@@ -47,6 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> Run:
             return int(end.code or 0)
         finally:
             signal.signal(signal.SIGTERM, before)
+            cli.LOG.setLevel("NOTSET")
         return 0
 
     return call
@@ -174,7 +175,8 @@ def test_replay_of_image_to_image_asks_for_the_very_picture(run: Run, capsys: py
     Path("b.png").write_bytes(to_png(torch.ones(3, 16, 16)))
     assert run("generate", "cat", *M, "--seed", "1", "--init", "a.png") == 0
     assert run("replay", "out/cat-1.png", *M) == 2
-    assert "needs the init picture" in capsys.readouterr().err
+    assert "was drawn from another picture (whose pixels have the sha256" in (told := capsys.readouterr().err)
+    assert "give it with --init PICTURE" in told
     assert run("replay", "out/cat-1.png", *M, "--init", "b.png") == 2
     assert "b.png is not the init of out/cat-1.png: its sha256 is" in capsys.readouterr().err
     assert run("replay", "out/cat-1.png", *M, "--init", "a.png") == 0
@@ -215,6 +217,47 @@ def test_a_contact_sheet_that_cannot_be_written_is_named(run: Run, capsys: pytes
     Path("pictures/gray.png").write_bytes(to_png(torch.zeros(3, 8, 8)))
     assert run("data", "check", "pictures", "--sheet", "missing/sheet.png") == 1
     assert "missing/sheet.png could not be written: No such file" in capsys.readouterr().err
+
+
+def test_a_contact_sheet_is_a_png_and_is_named_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pictures").mkdir()
+    Path("pictures/gray.png").write_bytes(to_png(torch.zeros(3, 8, 8)))
+    assert run("data", "check", "pictures", "--sheet", "sheet.jpg") == 2
+    assert "name it sheet.png" in capsys.readouterr().err
+    assert not Path("sheet.jpg").exists()
+
+
+def test_the_cache_is_shown_and_cleared(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    place = Path("cache/latentkit/latents")
+    assert run("data", "cache") == 0
+    assert capsys.readouterr().out == f"{place}: 0.0 MB\n"
+    (place / "abc").mkdir(parents=True)
+    (place / "abc" / "manifest.json").write_text('{"source": "/pictures of mine"}')
+    (place / "abc" / "bucket-0.bin").write_bytes(b"x" * 3_000_000)
+    assert run("data", "cache") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"{place}: 3.0 MB"
+    assert shown[1].endswith("/pictures of mine")
+    assert run("data", "cache", "--clear") == 0
+    assert capsys.readouterr().out == f"{place}: 0.0 MB; 1 caches deleted, 3.0 MB freed\n"
+    assert not (place / "abc").exists()
+
+
+def test_replay_of_a_truncated_picture(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("generate", "cat", *M, "--seed", "1")
+    whole = Path("out/cat-1.png").read_bytes()
+    capsys.readouterr()
+    Path("cut.png").write_bytes(whole[:-30])
+    assert run("replay", "cut.png", *M) == 1
+    shown = capsys.readouterr()
+    assert "the bytes differ from cut.png: it is truncated" in shown.err
+    assert Path(shown.out.strip()).read_bytes() == whole
+    Path("cut.png").write_bytes(whole[:60])
+    assert run("replay", "cut.png", *M) == 1
+    assert "what says how it was drawn is lost" in capsys.readouterr().err
 
 
 def test_verbose_shows_where_an_error_came_from(run: Run) -> None:
@@ -289,7 +332,7 @@ def test_progress_is_shown_where_it_is_worth_it(
         clock = iter([0.0, seconds / 2, seconds])
         monkeypatch.setattr("latentkit.cli.output.time.monotonic", lambda: next(clock))
         monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-        assert not list(show(Progress((0,), i, 2, i / 2, torch.zeros(1)) for i in (1, 2)))
+        assert not list(show(Progress((0,), i, 2, i / 2, torch.zeros(1), i) for i in (1, 2)))
         return capsys.readouterr().err
 
     cli.LOG.setLevel("INFO")
@@ -299,3 +342,4 @@ def test_progress_is_shown_where_it_is_worth_it(
     assert "\x1b" not in shown(100.0, terminal=False) != ""
     cli.LOG.setLevel("ERROR")
     assert shown(100.0, terminal=True) == ""
+    cli.LOG.setLevel("NOTSET")

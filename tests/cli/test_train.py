@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from latentkit import cli
-from latentkit.applications.fit import choice, folder
+from latentkit.applications.fit import choice, folder, measure
 from latentkit.applications.fit.choice import Scale
 from latentkit.checkpoints.files import load
 from latentkit.data.pictures import to_png
@@ -23,6 +23,7 @@ def call(monkeypatch, tmp_path, capsys):
     for device in choice.SCALES:
         monkeypatch.setitem(choice.SCALES, device, TINY)
     monkeypatch.setattr(folder, "selftest", lambda *_: [])
+    monkeypatch.setattr(measure, "TIMED", 0.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     pictures = tmp_path / "work" / "pics"
     pictures.mkdir(parents=True)
@@ -40,6 +41,7 @@ def call(monkeypatch, tmp_path, capsys):
             code = int(end.code or 0)
         finally:
             signal.signal(signal.SIGTERM, before)
+            cli.LOG.setLevel("NOTSET")
         return (code, *capsys.readouterr())
 
     return type_
@@ -72,15 +74,24 @@ def test_fit_takes_size_condition_and_run(call):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (("fit", "nothing"), 1, "data folder nothing does not exist"),
+        (("fit", "nothing"), 2, "data folder nothing does not exist"),
         (("fit", "pics", "--budget", "abc"), 2, "budget 'abc' is not a time"),
-        (("fit", "pics", "--budget", "3s"), 1, "the least is"),
+        (("fit", "pics", "--budget", "3s"), 2, "a budget of 3s is too small for two stages; the least is 2m"),
         (("fit", "pics", "--size", "17"), 2, "nearest: 16 and 24"),
         (("fit", "pics", "--condition", "caption"), 2, "condition 'caption' is unknown"),
         (("train", "nothing.yaml"), 2, "recipe 'nothing.yaml' does not exist"),
         (("train", "recipe.yaml", "schedule.stps=3"), 2, "schedule.stps: unknown key; did you mean 'steps'"),
         (("train", "recipe.yaml", "steps"), 2, "override 'steps' is not of the form"),
-        (("train", "recipe.yaml", "data.path=nowhere"), 1, "data folder nowhere does not exist"),
+        (("train", "recipe.yaml", "data.path=nowhere"), 2, "data folder nowhere does not exist"),
+        (("train", "recipe.yaml", "data.path=recipe.yaml"), 2, "recipe.yaml is a file"),
+        (("train", "."), 2, "'.' is a folder; name one of its recipes: recipe.yaml, stageless.yaml"),
+        (("train", "pics"), 2, "'pics' is a folder; it holds no recipe"),
+        (("train", "recipe.yaml", "stage=difusion"), 2, "stage: 'difusion' is unknown; did you mean 'diffusion'?"),
+        (("train", "recipe.yaml", "schedule.steps=many"), 2, "schedule.steps: must be a whole number (got 'many')"),
+        (("train", "recipe.yaml", "optimiser.lr=fast"), 2, "optimiser.lr: must be a number (got 'fast')"),
+        (("train", "recipe.yaml", "schedule.batch=0"), 2, "schedule.batch: must be greater than 0 (got 0)"),
+        (("train", "recipe.yaml", "schedule=7"), 2, "schedule: must be a section of keys (got 7)"),
+        (("train", "stageless.yaml"), 2, "stage: is missing; write it as one of autoencoder, diffusion (got 'stag')"),
     ],
 )
 def test_wrong_words_are_one_line_and_an_exit_code(call, words, code, said):
@@ -101,6 +112,12 @@ def write_recipe():
         "schedule": {"steps": 100, "batch": 4},
     }
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    Path("stageless.yaml").write_text("stag: autoencoder\n")
+
+
+def test_quiet_training_says_nothing_but_its_path(call):
+    write_recipe()
+    assert call("-q", "train", "recipe.yaml", "schedule.steps=2") == (0, "runs/small/model.safetensors\n", "")
 
 
 def test_train_runs_a_recipe_with_overrides(call):

@@ -370,3 +370,23 @@ def test_transparency_lies_on_the_background(source):
     kept = Pictures(source, Transform(size=8, channels=4), 0).sample(index, 0)
     assert kept.shape == (4, 8, 8)
     assert to_tensor(source.read(index), 4).shape[0] == 4
+
+
+def test_zoom_shows_random_parts_at_every_size_that_the_picture_has(tmp_path, save):
+    large = save(tmp_path / "large.png", 0, (40, 40, 3))
+    save(tmp_path / "small.png", 1, (15, 15, 3))
+    pictures = Pictures(open_source(tmp_path), Transform(size=8, crop="random", zoom=4), 0)
+    shown = [pictures.sample(0, draw) for draw in range(60)]
+    assert all(x.shape == (3, 8, 8) for x in shown)
+    assert sorted(pictures._kept) == [(0, 1), (0, 2), (0, 4)]
+    assert 30 < len({x.numpy().tobytes() for x in shown}) <= 60
+    assert torch.equal(shown[7], pictures.sample(0, 7))
+    assert pictures._kept[0, 4].shape == (3, 32, 32)
+    assert abs(float(pictures._kept[0, 4].float().mean()) - large.mean()) < 1
+    for draw in range(20):
+        pictures.sample(1, draw)
+    assert (1, 2) not in pictures._kept, "it has not twice the pixels"
+    still = Pictures(open_source(tmp_path), Transform(size=8), 0)
+    assert torch.equal(pictures.view(0, 0)[1], still.view(0, 0)[1])
+    with pytest.raises(ValidationError, match="crop: random"):
+        Transform(size=8, zoom=2)

@@ -3,7 +3,19 @@
 import re
 from html.parser import HTMLParser
 
-from latentkit.evaluation.report import MOST_POINTS, Figure, beside, chart, folded, page, paragraph, pictures, table
+from latentkit.evaluation.report import (
+    MOST_POINTS,
+    Figure,
+    beside,
+    chart,
+    folded,
+    page,
+    pairs,
+    paragraph,
+    pictures,
+    table,
+    verdict,
+)
 
 
 class Balanced(HTMLParser):
@@ -40,6 +52,16 @@ def test_the_page_stands_alone_and_its_text_is_text():
     assert "<script" not in text
     assert parser.sources == ["data:image/png;base64,iVBORw=="]
     assert not re.search(r"https?://", text)
+
+
+def test_pairs_stay_together_and_a_verdict_is_text():
+    one, two = Figure(b"\x89PNG", "drawn"), Figure(b"\x89PNG", "training")
+    text = page("t", "l", [("s", pairs([(one, two), (two, one)]) + verdict(["a < b", "c"]))])
+    parser = Balanced()
+    parser.feed(text)
+    assert parser.open == []
+    assert [part.count("<figure>") for part in text.split('<div class="pair">')] == [0, 2, 2]
+    assert "<p>a &lt; b</p><p>c</p>" in text
 
 
 def places(svg):

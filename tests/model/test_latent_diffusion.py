@@ -131,3 +131,12 @@ def test_a_network_with_a_table_of_classes_is_told_one_number() -> None:
     network = replace(NETWORK, classes=10)
     fitted = fit_network(Architecture(network, numbers=NumbersConfig((3.0,), None))).network
     assert fitted.vector_width is None
+
+
+def test_values_for_a_conditioner_that_is_not_there_are_refused() -> None:
+    model = LatentDiffusion(
+        fit_network(Architecture(NETWORK, label=LabelConfig(width=16))), {"label": {"classes": ["cat"]}}
+    )
+    with pytest.raises(InputError, match=r"no conditioner 'text'; it takes: label"):
+        model.condition({"text": ["red"], "label": ["cat"]}, 1)
+    model.condition({"text": [""], "label": ["cat"]}, 1)  # what stands for nothing is nothing

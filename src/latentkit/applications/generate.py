@@ -1,5 +1,6 @@
 """The only path to pixels: requests become plans, one loop runs every plan and yields what happens."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from latentkit.data.pictures import to_png, to_tiff
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import sample
 from latentkit.errors import InputError
+from latentkit.model.conditioners.text import TextConditioner
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 APPLICATIONS: dict[str, Prepare] = {
@@ -81,6 +83,7 @@ def generate(
     jobs: list[Request] = []
     for request in asked:
         full = resolve(request, model.network, defaults)
+        _warn_of_cuts(model.network, full)
         if (last := known(full.seed) + count - 1) >= 2**63:
             raise InputError(f"seeds {full.seed} to {last} asked for; allowed are 0 to {2**63 - 1}", exit_code=2)
         jobs += [full.model_copy(update={"seed": known(full.seed) + i}) for i in range(count)]
@@ -88,6 +91,18 @@ def generate(
     for rows in _batches(model.network, jobs, exact):
         yield from _draw(model, {row: jobs[row] for row in rows}, done / len(jobs), len(rows) / len(jobs))
         done += len(rows)
+
+
+def _warn_of_cuts(network: LatentDiffusion, request: Request) -> None:
+    """Say where a text is longer than what the model's encoder reads."""
+    text = network.conditioner("text") if "text" in network.conditioners else None
+    if not isinstance(text, TextConditioner):
+        return
+    for name in ("prompt", "negative"):
+        words = getattr(request, name) or ""
+        if (count := text.count(words)) > text.room:
+            cut = f"{text.room} of the {count} tokens of the {name} {words[:40]!r}... are read; the rest has no effect"
+            logging.getLogger("latentkit").warning(cut)
 
 
 def replay(model: Model, record: Record) -> Iterator[Progress | Result]:

@@ -33,7 +33,7 @@ def open_data(data: DataRecipe, seed: int, multiple: int) -> tuple[Pictures, Pic
             f"size {data.transform.size} is not a multiple of {multiple}, which this network needs; "
             f"nearest: {max(multiple, round(data.transform.size / multiple) * multiple)}"
         )
-    still = data.transform.model_copy(update={"crop": "center", "flips": ""})
+    still = data.transform.model_copy(update={"crop": "center", "flips": "", "zoom": 1})
     return (
         Pictures(train, data.transform, seed, multiple=multiple),
         Pictures(held, still, seed, multiple=multiple),

@@ -244,8 +244,11 @@ def _check(request: Request, network: LatentDiffusion) -> None:
         raise InputError(f"the request needs {missing}; give its file", exit_code=2)
     if request.task == "unconditional" and (request.prompt or request.label):
         raise InputError("unconditional drawing takes neither prompt nor label; leave them out", exit_code=2)
-    if request.task != "image-to-image" and (request.init or request.strength):
-        raise InputError(f"{request.task} takes no init picture and no strength; use image-to-image", exit_code=2)
+    if request.task != "image-to-image" and request.init:
+        raise InputError(f"{request.task} takes no init picture; use image-to-image", exit_code=2)
+    if request.task != "image-to-image" and request.strength:
+        got = f"strength {request.strength} says how much of an init picture is drawn again, and none is given"
+        raise InputError(f"{got}; give one (--init PICTURE)", exit_code=2)
     takes = {"text": ("prompt", "negative"), "label": ("label",)}
     for conditioner, fields in takes.items():
         given = [name for name in fields if getattr(request, name)]

@@ -1,28 +1,28 @@
 """Training a second stage from a recipe: latents cached once, then the U-Net and its conditioners."""
 
-import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from latentkit import __version__
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data, write_sheet
 from latentkit.checkpoints.files import digest, find, load_autoencoder, save_model
 from latentkit.data.dataset import Pictures
-from latentkit.data.latents import LatentCache, open_latents
-from latentkit.data.loader import Loader
+from latentkit.data.latents import LatentCache, cache_folder, open_latents
+from latentkit.data.loader import Batch, Loader, Samples, collate
 from latentkit.data.order import Order
 from latentkit.data.source import Source
 from latentkit.diffusion.noise import keyed_batch
 from latentkit.errors import InputError
-from latentkit.model.conditioners.text import train_tokenizer
+from latentkit.model.conditioners.text import TextConditioner, train_tokenizer
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.training import distributed
 from latentkit.training.diffusion import DiffusionObjective
+from latentkit.training.progress import say
 from latentkit.training.recipe import DiffusionRecipe, resolved
 from latentkit.training.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
@@ -30,12 +30,8 @@ from latentkit.training.trainer import Callback, Trainer
 IDENTITY = "identity"
 SHEET = 16
 MOST_VALIDATED = 256
+AT_ONCE = 64
 VALIDATION_SIGMAS = (0.05, 0.15, 0.5, 1.5, 5.0, 15.0)
-
-
-def cache_folder() -> Path:
-    """Where latents are kept between runs: below XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentkit" / "latents"
 
 
 def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
@@ -51,8 +47,10 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
             exit_code=2,
         )
     cell = autoencoder.downsampling if autoencoder else 1
-    train, held = open_data(recipe.data, recipe.seed, cell * 2 ** (len(recipe.network.multipliers) - 1))
-    model = build_model(recipe, autoencoder, train.source).to(device)
+    train, held = open_data(recipe.data, recipe.seed, multiple(recipe, cell))
+    model = build_model(recipe, autoencoder, train.source, train.shapes[train.commonest]).to(device)
+    if world.main:
+        _say_cut(model, train.source)
     data: Pictures | LatentCache = train
     held_data: Pictures | LatentCache = held
     if autoencoder is not None:
@@ -60,10 +58,12 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
         held_data = _latents(model.first_stage, held, encoder_digest)
         model.first_stage.set_statistics(*data.statistics())
     order = Order(len(data), recipe.schedule.batch, recipe.seed, data.buckets)
-    loader = Loader(data, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
+    loader = Loader(
+        data, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers, recipe.data.keywords
+    )
     model.denoiser.unet.checkpointing = recipe.checkpointing
     objective = DiffusionObjective(model, recipe.loss, recipe.seed)
-    validation = next(Loader(held_data, Order(len(held), min(len(held), MOST_VALIDATED), 0)).batches())[0]
+    validation = validation_batches(held_data, held)
     every = recipe.schedule.sample_every
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
         trainer = Trainer(
@@ -93,8 +93,19 @@ def provenance(recipe: DiffusionRecipe, source: Source, steps: int) -> dict[str,
         "pictures": len(source),
         "steps": steps,
         "licence": recipe.licence,
-        "defaults": recipe.sampling.model_dump(mode="json", exclude={"prompts"}),
+        "versions": {"latentkit": __version__, "torch": str(torch.__version__)},
+        "defaults": sampling_defaults(recipe),
     }
+
+
+def _say_cut(model: LatentDiffusion, source: Source) -> None:
+    """Tell how many captions are longer than what the text encoder reads."""
+    text = dict(model.conditioners.items()).get("text")
+    if isinstance(text, TextConditioner):
+        captions = [item.caption for item in source.items if item.caption]
+        long = sum(text.count(caption) > text.room for caption in captions)
+        if long:
+            say(f"{long} of {len(captions)} captions are longer than {text.room} tokens, which is what is read of each")
 
 
 def _first_stage(recipe: DiffusionRecipe) -> tuple[FirstStage | None, str]:
@@ -105,31 +116,43 @@ def _first_stage(recipe: DiffusionRecipe) -> tuple[FirstStage | None, str]:
     return load_autoencoder(path), digest(path)
 
 
-def build_model(recipe: DiffusionRecipe, autoencoder: FirstStage | None, source: Source) -> LatentDiffusion:
-    """The untrained model, its weights a function of the recipe's seed, its first stage the trained one."""
+def multiple(recipe: DiffusionRecipe, cell: int) -> int:
+    """What the sides of pictures must be multiples of, for a first stage of `cell` pixels a latent cell."""
+    return cell << (len(recipe.network.multipliers) - 1)
+
+
+def build_model(
+    recipe: DiffusionRecipe, autoencoder: FirstStage | None, source: Source, size: tuple[int, int]
+) -> LatentDiffusion:
+    """The untrained model, its weights a function of the recipe's seed, its first stage the trained one.
+
+    `size` is the height and width that it draws unless told otherwise.
+    """
     state: dict[str, Any] = {}
-    text = recipe.text
-    if text is not None:
+    if recipe.text is not None or recipe.clip is not None:
         captions = [item.caption for item in source.items if item.caption]
+        if recipe.data.keywords:
+            captions += [word for item in source.items for word in item.keywords]
         if not captions:
             raise InputError(f"the recipe has a text encoder, but no picture of {recipe.data.path} has a caption")
-        state["text"] = {"tokenizer": train_tokenizer(captions, text.vocabulary)}
+        if recipe.text is not None:
+            state["text"] = {"tokenizer": train_tokenizer(captions, recipe.text.vocabulary)}
     if recipe.label is not None:
         if not source.classes:
             raise InputError(f"the recipe has classes, but no picture of {recipe.data.path} has a label")
         state["label"] = {"classes": source.classes}
     config = autoencoder.autoencoder.config if autoencoder and autoencoder.autoencoder else None
-    size = recipe.data.transform.size
     architecture = Architecture(
         network=recipe.network,
         first_stage=config,
         picture_channels=recipe.data.transform.channels,
-        size=(size, size),
+        size=size,
         schedule=recipe.noise,
         prediction=recipe.prediction,
         learned_variance=recipe.learned_variance,
-        text=text,
+        text=recipe.text,
         label=recipe.label,
+        clip=recipe.clip,
     )
     torch.manual_seed(recipe.seed)
     model = LatentDiffusion(fit_network(architecture), state)
@@ -147,31 +170,40 @@ def _latents(first_stage: FirstStage, pictures: Pictures, encoder_digest: str) -
     )
 
 
+def validation_batches(data: Samples, pictures: Pictures) -> list[Batch]:
+    """Up to 256 pictures, evenly taken, in batches of one shape; `data` is them or their latents."""
+    count = len(pictures)
+    chosen = [i * count // MOST_VALIDATED for i in range(MOST_VALIDATED)] if count > MOST_VALIDATED else range(count)
+    alike: dict[int, list[int]] = {}
+    for index in chosen:
+        alike.setdefault(pictures.bucket_of(index), []).append(index)
+    parts = [rows[at : at + AT_ONCE] for rows in alike.values() for at in range(0, len(rows), AT_ONCE)]
+    return [collate(data, 0, rows, [data.take(index, index) for index in rows]) for rows in parts]
+
+
 @torch.inference_mode()
-def validate(objective: DiffusionObjective, batch: dict[str, Any]) -> dict[str, float]:
-    """Loss on held-out pictures with fixed noise, per noise level and on average."""
-    first_stage = objective.model.first_stage
-    field = "moments" if "moments" in batch else "pixels"
-    device = first_stage.latent_mean.device
+def validate(objective: DiffusionObjective, batches: Sequence[Batch]) -> dict[str, float]:
+    """Loss on held-out pictures with noise fixed by their draws, per noise level and on average."""
+    model = objective.model
     values: dict[str, float] = {}
     for level, sigma in enumerate(VALIDATION_SIGMAS):
         total = 0.0
-        for rows in torch.split(torch.arange(len(batch["draw"])), 64):
-            x0 = batch[field][rows].to(device)
-            x0 = first_stage.from_moments(x0) if field == "moments" else x0
-            eps = keyed_batch(rows, x0.shape[1:], level, "validation").to(device)
-            part = {"caption": [batch["caption"][i] for i in rows], "label": batch["label"][rows]}
-            told = {n: list(objective.model.conditioner(n).from_batch(part)) for n in objective.model.conditioners}
-            sigmas = torch.full((len(rows),), sigma, dtype=torch.float64)
+        for batch in batches:
+            clean = batch["moments"] if "moments" in batch else batch["pixels"]
+            x0 = clean.to(model.first_stage.latent_mean.device)
+            x0 = model.first_stage.from_moments(x0) if "moments" in batch else x0
+            eps = keyed_batch(batch["draw"], x0.shape[1:], level, "validation").to(x0.device)
+            told = {name: list(model.conditioner(name).from_batch(batch)) for name in model.conditioners}
+            sigmas = torch.full((len(x0),), sigma, dtype=torch.float64)
             total += float(objective.errors(x0, sigmas, eps, told).sum())
-        values[f"validation/sigma_{sigma:g}"] = total / len(batch["draw"])
+        values[f"validation/sigma_{sigma:g}"] = total / sum(len(batch["draw"]) for batch in batches)
     return values | {"validation/loss": sum(values.values()) / len(values)}
 
 
 def sample_prompts(model: LatentDiffusion, recipe: DiffusionRecipe, captions: list[str]) -> list[str | None]:
     """What the sample sheets ask for: the recipe's prompts, else held-out captions, the classes, or nothing."""
     words: list[str] = list(recipe.sampling.prompts)
-    if not words and recipe.text is not None:
+    if not words and "text" in model.conditioners:
         words = [caption for caption in captions if caption]
     elif not words and recipe.label is not None:
         words = list(model.state()["label"]["classes"])
@@ -179,26 +211,22 @@ def sample_prompts(model: LatentDiffusion, recipe: DiffusionRecipe, captions: li
 
 
 def _look(
-    step: int, trainer: Trainer, objective: DiffusionObjective, recipe: DiffusionRecipe, batch: dict[str, Any]
+    step: int, trainer: Trainer, objective: DiffusionObjective, recipe: DiffusionRecipe, batches: Sequence[Batch]
 ) -> None:
     """Validation loss and a sheet of samples, with the averaged weights."""
     if not trainer.world.main:
         return
     model = objective.model
     model.eval()
+    prompts = sample_prompts(model, recipe, [caption for batch in batches for caption in batch["caption"]])
     precise = recipe.schedule.precision == "float32"
     with trainer.ema.applied(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=not precise):
-        trainer.log(validate(objective, batch))
-        sheet = list(_samples(model, recipe, batch["caption"]))
+        trainer.log(validate(objective, batches))
+        trainer.log({f"validation/{name}": value for name, value in objective.bound(batches[0]).items()})
+        sheet = list(draw(model, sampling_defaults(recipe), prompts, range(len(prompts))))
     write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet)
 
 
-def _samples(model: LatentDiffusion, recipe: DiffusionRecipe, captions: list[str]) -> Iterator[Tensor]:
-    """One picture per sample prompt, seeds 0, 1, 2 ..."""
-    prompts = sample_prompts(model, recipe, captions)
-    yield from draw(model, provenance_defaults(recipe), prompts, range(len(prompts)))
-
-
-def provenance_defaults(recipe: DiffusionRecipe) -> dict[str, Any]:
+def sampling_defaults(recipe: DiffusionRecipe) -> dict[str, Any]:
     """The sampling settings as a request takes them."""
     return recipe.sampling.model_dump(mode="json", exclude={"prompts"})

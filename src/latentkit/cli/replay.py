@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from latentkit.applications.request import Attachment, Guide
 
 LARGEST = 1 << 28
+PNG, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
 def replay(
@@ -34,12 +35,25 @@ def replay(
     from latentkit.applications.request import Attachment, Guide
     from latentkit.checkpoints.files import load, shipped
     from latentkit.cli.output import open_folder, show, write_new
-    from latentkit.training.progress import say
+    from latentkit.training.progress import say, warn
 
     original = _bytes(picture)
-    record = read(original, str(picture))
+    cut = original.startswith(PNG) and END not in original
+    try:
+        record = read(original, str(picture))
+    except InputError:
+        if not cut:
+            raise
+        raise InputError(
+            f"{picture}: is a truncated PNG, and what says how it was drawn is lost with its end"
+        ) from None
     if init is not None:
         record = _given(record, "init", Attachment.read(init), str(init), picture)
+    elif record.request.init is not None:
+        wanted = f"whose pixels have the sha256 {record.request.init.digest[:16]}"
+        raise InputError(
+            f"{picture} was drawn from another picture ({wanted}); give it with --init PICTURE", exit_code=2
+        )
     if model is None and record.model not in shipped():
         raise InputError(f"{picture} was drawn by {record.model!r}, which is not shipped; give it with -m", exit_code=2)
     there = record.machine
@@ -60,8 +74,9 @@ def replay(
         suffix, data = result.file()
         typer.echo(write_new(out, f"{picture.stem}-replay", suffix, data))
         if data != original:
-            why = "; ".join(differences) or "the file was changed, or this machine computes in another way"
-            say(f"latentkit: the bytes differ from {picture}: {why}")
+            why = "it is truncated" if cut else "; ".join(differences)
+            why = why or "the file was changed, or this machine computes in another way"
+            warn(f"latentkit: the bytes differ from {picture}: {why}")
             raise typer.Exit(1)
 
 

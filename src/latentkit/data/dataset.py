@@ -2,11 +2,11 @@
 
 import os
 import threading
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from latentkit.data.pictures import MIN_SIDE, BadPicture, Picture, background_colour, resize, to_samples, to_tensor
@@ -42,6 +42,14 @@ class Transform(BaseModel):
     crop: Literal["center", "random"] = "center"
     flips: Annotated[str, AfterValidator(_check_flips)] = ""
     buckets: bool = False
+    zoom: Literal[1, 2, 4, 8] = 1
+    """A draw shows a random part of the picture at 1, 2, 4 ... up to so many times its size, if it has the pixels."""
+
+    @model_validator(mode="after")
+    def _zoomed(self) -> Self:
+        if self.zoom > 1 and self.crop != "random":
+            raise ValueError(f"zoom {self.zoom} shows random parts: set crop: random")
+        return self
 
     def views(self) -> list[tuple[int, bool]]:
         """Every way a picture may be shown: (quarter turns, then mirrored left to right); the first is as it is."""
@@ -102,7 +110,7 @@ class Pictures:
             _check_channels(item, transform)
         self.replaced: dict[str, str] = {}
         self._bad: dict[int, str] = {}
-        self._kept: dict[int, Tensor] | None = {} if self._bytes() <= MEMORY_SHARE * free_memory() else None
+        self._kept: dict[tuple[int, int], Tensor] | None = {} if self._bytes() <= MEMORY_SHARE * free_memory() else None
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -110,6 +118,7 @@ class Pictures:
 
     def _bytes(self) -> int:
         overhang = 1.5 if self.transform.crop == "random" else 1.0
+        overhang *= sum(4**level for level in range(self.transform.zoom.bit_length()))  # all sizes
         return sum(
             int(np.prod(self.shapes[bucket]) * self.transform.channels * np.dtype(item.depth).itemsize * overhang)
             for item, bucket in zip(self.source.items, self._buckets, strict=True)
@@ -135,8 +144,8 @@ class Pictures:
 
     def take(self, index: int, draw: int) -> tuple[int, Tensor]:
         """The index of the picture used, and `sample`."""
-        used, scaled = self._usable(index)
-        down, right, view = choices(self.seed, draw)
+        down, right, view, zoom = choices(self.seed, draw)
+        used, scaled = self._usable(index, zoom)
         return used, self._finish(scaled, used, view, (down, right))
 
     def view(self, index: int, number: int) -> tuple[int, Tensor]:
@@ -159,13 +168,16 @@ class Pictures:
         half = 0.5 if x.dtype == torch.float32 else torch.iinfo(x.dtype).max / 2
         return x.contiguous().float().div_(half).sub_(1)
 
-    def _usable(self, index: int) -> tuple[int, Tensor]:
-        """The picture, or the first of its substitutes that can be read, scaled to cover its bucket, as stored."""
+    def _usable(self, index: int, zoom: int = 0) -> tuple[int, Tensor]:
+        """The picture, or the first of its substitutes that can be read, scaled to cover its bucket, as stored.
+
+        `zoom` is a number that decides which of its sizes.
+        """
         attempt = 0
         used = index
         while True:
             try:
-                return used, self._scaled(used)
+                return used, self._scaled(used, self._times(used, zoom))
             except BadPicture as error:
                 self._count(used, error.reason)
             used = substitute(index, attempt, self._buckets)
@@ -177,14 +189,21 @@ class Pictures:
             self.replaced[self.source.items[index].key] = reason
         check_bad(self.replaced, len(self), "went bad after they were indexed")
 
-    def _scaled(self, index: int) -> Tensor:
+    def _times(self, index: int, zoom: int) -> int:
+        """How many times its bucket's size a picture is shown: one of 1, 2, 4 ... that ask for no pixels it lacks."""
+        item, (height, width) = self.source.items[index], self.shapes[self._buckets[index]]
+        has = min(item.height / height, item.width / width, self.transform.zoom)
+        return 1 << zoom % max(1, int(has).bit_length())
+
+    def _scaled(self, index: int, times: int) -> Tensor:
         if index in self._bad:
             raise BadPicture(self.source.items[index].key, self._bad[index])
-        if self._kept is not None and index in self._kept:
-            return self._kept[index]
-        x = self._scale(self.source.read(index), self.shapes[self._buckets[index]])
+        if self._kept is not None and (index, times) in self._kept:
+            return self._kept[index, times]
+        height, width = self.shapes[self._buckets[index]]
+        x = self._scale(self.source.read(index), (times * height, times * width))
         if self._kept is not None:
-            self._kept[index] = x
+            self._kept[index, times] = x
         return x
 
     def _scale(self, picture: Picture, shape: tuple[int, int]) -> Tensor:
@@ -215,10 +234,10 @@ def _check_channels(item: Item, transform: Transform) -> None:
         raise InputError(f"{got}, which cannot be read as channels: {transform.channels}; use channels: {colours}")
 
 
-def choices(seed: int, draw: int) -> tuple[int, int, int]:
-    """Three 64-bit numbers that decide a draw's crop (down, right) and view."""
-    down, right, view = keyed_bits(3, seed, "transform", draw).tolist()
-    return down, right, view
+def choices(seed: int, draw: int) -> tuple[int, int, int, int]:
+    """Four 64-bit numbers that decide a draw's crop (down, right), view and zoom."""
+    down, right, view, zoom = keyed_bits(4, seed, "transform", draw).tolist()
+    return down, right, view, zoom
 
 
 def substitute(index: int, attempt: int, buckets: list[int]) -> int:

@@ -197,7 +197,7 @@ def _source(path: Path) -> str:
 def cache_key(pictures: Pictures, encoder_digest: str, dtype: str = "float32") -> str:
     """sha256 of all that the latents depend on: every picture's digest, the encoder, the transform and the type."""
     content = [item.digest for item in pictures.source.items]
-    transform = pictures.transform.model_dump()
+    transform = pictures.transform.model_dump(exclude={"zoom"})  # 1, where crops are not random
     parts = [CACHE_FORMAT, content, encoder_digest, transform, pictures.shapes, dtype]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

@@ -31,6 +31,9 @@ figure { margin: 0; } figcaption { max-width: 22ch; overflow-wrap: anywhere; }
 figure.wide figcaption { max-width: 75ch; }
 img { max-width: 100%; border: 1px solid var(--line); background: var(--card); display: block; }
 .small img { width: 112px; image-rendering: auto; }
+.wide img { width: min(100%, 640px); }
+.pair { display: flex; gap: .25rem; }
+.said { border-left: 4px solid var(--line); padding-left: .75rem; }
 svg { max-width: 100%; height: auto; background: var(--card); border-radius: 6px; }
 svg text { fill: var(--dim); font: 11px system-ui, sans-serif; } svg .grid { stroke: var(--line); }
 pre { background: var(--card); padding: .75rem; overflow-x: auto; font-size: .8rem; border-radius: 6px; }
@@ -79,6 +82,19 @@ def picture(figure: Figure) -> str:
 def pictures(figures: Sequence[Figure]) -> str:
     """Small pictures side by side, each over its caption."""
     return '<div class="row small">' + "".join(f"<figure>{_image(f)}</figure>" for f in figures) + "</div>"
+
+
+def pairs(figures: Sequence[tuple[Figure, Figure]]) -> str:
+    """Small pictures that are looked at by twos, each pair kept together."""
+    kept = "".join(
+        '<div class="pair">' + "".join(f"<figure>{_image(f)}</figure>" for f in pair) + "</div>" for pair in figures
+    )
+    return f'<div class="row small">{kept}</div>'
+
+
+def verdict(sentences: Sequence[str]) -> str:
+    """What the figures mean, a paragraph each, set apart."""
+    return '<div class="said">' + "".join(paragraph(sentence) for sentence in sentences) + "</div>"
 
 
 def beside(*parts: str) -> str:

@@ -1,5 +1,6 @@
 """What a person sees on stderr while a run goes on."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -8,8 +9,19 @@ PLAIN_EVERY = 30.0  # seconds between lines where there is no terminal
 SMOOTHING = 0.95  # of the measured step time, per step
 
 
+def quiet() -> bool:
+    """Whether the person asked for silence: the logger `latentkit` passes on errors only."""
+    return logging.getLogger("latentkit").getEffectiveLevel() >= logging.ERROR
+
+
 def say(message: str) -> None:
-    """One line for the person who watches, on stderr."""
+    """One line for the person who watches, on stderr, unless they asked for silence."""
+    if not quiet():
+        warn(message)
+
+
+def warn(message: str) -> None:
+    """One line on stderr about what went wrong, also where silence was asked for."""
     print(message, file=sys.stderr, flush=True)
 
 
@@ -25,7 +37,7 @@ class Progress:
     def __init__(self, steps: int, batch: int, silent: bool = False) -> None:
         self.steps = steps
         self.batch = batch
-        self.silent = silent
+        self.silent = silent or quiet()
         self.step_time: float | None = None
         self._show: Callable[[int, str], None] | None = None
         self._close: Callable[[], None] = lambda: None

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from latentkit.data.dataset import Transform
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.errors import InputError, close, nearest, wording
+from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.label import LabelConfig
 from latentkit.model.denoiser import PredictionName
 from latentkit.nets.autoencoder import AutoencoderConfig
@@ -98,6 +99,8 @@ class DiffusionRecipe(_Common):
     """Learn the variance of a step too (improved DDPM); best with uniform noise levels."""
     text: TextEncoderConfig | None = None
     label: LabelConfig | None = None
+    clip: ClipConfig | None = None
+    """CLIP-shaped text towers with CLIP's vocabulary in the place of `text`, as Stable Diffusion has them."""
     loss: DiffusionLoss = DiffusionLoss()
     sampling: Sampling = Sampling()
 

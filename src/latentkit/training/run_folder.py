@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from latentkit.errors import InputError
-from latentkit.training.progress import say
+from latentkit.training.progress import warn
 from latentkit.training.store import FileCalls, Store, make_folder, persist, replace_file, tensor_bytes
 
 OURS = {".lock", "tmp-recipe.yaml"}  # all that a run killed before its recipe was written can hold
@@ -32,7 +32,7 @@ class Journal:
     def cut(self, length: int) -> None:
         """Forget everything after `length` bytes."""
         if self.length < length:
-            say(f"{self.path} is shorter than at the checkpoint ({self.length} of {length} bytes): lines are missing.")
+            warn(f"{self.path} is shorter than at the checkpoint ({self.length} of {length} bytes): lines are missing.")
         self.length = min(length, self.length)
         self.pending = b""
         self.calls.truncate(self.descriptor, self.length)
@@ -43,7 +43,7 @@ class Journal:
         try:
             self._flush()
         except OSError as error:
-            say(f"{self.path}: {error}; the line is kept and written with the next.")
+            warn(f"{self.path}: {error}; the line is kept and written with the next.")
 
     def sync(self) -> int:
         """Make every line durable; returns the length in bytes; raises OSError."""
@@ -161,7 +161,7 @@ class RunFolder:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 os.close(lock)
                 raise InputError(f"{self.path} is in use by another process; wait or name another run.") from error
-            say(f"{self.path} cannot be locked ({error}): see that no other process trains into it")
+            warn(f"{self.path} cannot be locked ({error}): see that no other process trains into it")
         return lock
 
     def _open(self) -> None:

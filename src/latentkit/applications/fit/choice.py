@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from latentkit.data.dataset import Transform
+from latentkit.data.dataset import Transform, bucket_shapes, nearest_shape
 from latentkit.data.source import Source
 from latentkit.errors import InputError, nearest
 from latentkit.model.conditioners.label import LabelConfig
@@ -26,6 +26,9 @@ from latentkit.training.trainer import Schedule
 Condition = Literal["auto", "text", "label", "none"]
 CONDITIONS = ("auto", "text", "label", "none")
 SMALLEST, LARGEST = 16, 1024  # pixels a side
+MANY = 1000  # pictures from which on the first stage needs no parts of them
+MOST_ZOOM = 4
+MOST_CUT = 0.1  # of the pictures' area, that one square may cut off; where it is more, pictures keep about their shape
 HELD_SPLITS = ("validation", "holdout", "test")
 
 
@@ -85,6 +88,7 @@ def choose(
     reasons: list[Reason] = []
     channels = _channels(source, reasons)
     side = _size(source, size, scale, device, reasons)
+    buckets = _buckets(source, side, reasons)
     text, label = _condition(source, condition, scale, reasons)
     split, holdout = _splits(source, reasons)
     stem, multipliers = shape(side)
@@ -92,9 +96,10 @@ def choose(
     latent = max(4, 4 * -(-channels * cell**2 // (4 * scale.compression)))
     reasons.append(Reason("latents", f"{side // cell}x{side // cell}x{latent}", f"{cell}x smaller a side"))
     data = DataRecipe(
-        path=folder, split=split, holdout=holdout, transform=Transform(size=side, channels=channels),
+        path=folder, split=split, holdout=holdout, transform=Transform(size=side, channels=channels, buckets=buckets),
         workers=0 if device == "cpu" else 8,
     )  # fmt: skip
+    parts = _parts(source, data.transform, reasons)
     precision = _precision(device)
     reasons.append(Reason("precision", precision, "the fastest that this device computes well"))
     schedule = Schedule(steps=1, batch=scale.autoencoder_batch, precision=precision, device=device)
@@ -102,7 +107,7 @@ def choose(
         stage="autoencoder",
         name=f"{name}-autoencoder",
         seed=seed,
-        data=data,
+        data=data.model_copy(update={"transform": parts}),
         network=AutoencoderConfig(
             picture_channels=channels,
             latent_channels=latent,
@@ -194,10 +199,37 @@ def _size(source: Source, asked: int | None, scale: Scale, device: str, reasons:
     short = int(median(min(item.width, item.height) for item in source.items))
     side = max(size for size in fitting if size <= max(SMALLEST, min(scale.size, short)))
     why = f"pictures have a median short side of {short} pixels; on {device} at most {scale.size}"
-    odd = sum(item.width != item.height for item in source.items)
-    why += f"; the centre square of {odd} that are not square" if odd else ""
     reasons.append(Reason("size", f"{side}x{side}", why))
     return side
+
+
+def _buckets(source: Source, side: int, reasons: list[Reason]) -> bool:
+    """Whether pictures keep about their shape: a stated rule on what one square would cut."""
+    cut = [1 - min(item.width, item.height) / max(item.width, item.height) for item in source.items]
+    mean, most = sum(cut) / len(cut), f"{MOST_CUT:.0%}"
+    if mean <= MOST_CUT:
+        why = "all are square" if mean == 0 else f"cut to it, they lose {mean:.1%} of their area: at most {most}"
+        reasons.append(Reason("shape", "one square", why))
+        return False
+    stem, multipliers = shape(side)
+    shapes = bucket_shapes(side, 2 * stem * 2 ** (len(multipliers) - 1))
+    used = Counter(nearest_shape(shapes, item.height, item.width) for item in source.items)
+    listed = ", ".join(f"{shapes[i][1]}x{shapes[i][0]} ({count})" for i, count in used.most_common(4))
+    why = f"one square would cut off {mean:.0%} of their area: more than {most}; {listed}"
+    reasons.append(Reason("shape", f"{len(used)} shapes", why + (", ..." if len(used) > 4 else "")))
+    return True
+
+
+def _parts(source: Source, transform: Transform, reasons: list[Reason]) -> Transform:
+    """What the first stage sees of few pictures: parts at several sizes too, or it learns them by heart."""
+    has = int(median(min(item.width, item.height) for item in source.items)) // transform.size
+    zoom = min(MOST_ZOOM, 1 << max(0, has.bit_length() - 1))
+    if zoom == 1 or len(source) >= MANY:
+        return transform
+    sizes = ", ".join(str(1 << level) for level in range(zoom.bit_length()))
+    why = f"{len(source)} pictures are few (under {MANY:,}) to learn to give any picture back from"
+    reasons.append(Reason("first stage", f"parts at {sizes}x", why))
+    return transform.model_copy(update={"crop": "random", "zoom": zoom})
 
 
 def _condition(

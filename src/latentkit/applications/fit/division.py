@@ -6,36 +6,35 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from latentkit.applications.fit.measure import Measured
 from latentkit.errors import InputError
 
 SHARES = (0.35, 0.60)  # of the time for steps, to the first and to the second stage, in this ratio
-LEAST_STEPS = 50
+LEAST_STEPS = 50  # a stage, below which the plan says that nothing is learnt
+LEAST_BUDGET = 120.0  # seconds: less is refused whatever the machine
 LOOKS = (5, 2, 1)  # sample sheets and measurements a stage: the most that leave four fifths of the time to steps
 SAMPLES = (256, 64, 16)  # pictures drawn for the report, likewise
 MOST_REFERENCE = 2000  # pictures whose features the report takes
 MOST_HELD = 512
+MOST_COMPARED = 64  # pictures that were trained on, and others, that the report's verdict looks at
+SHEET = 16  # pictures of a sample sheet
+SAVED_EVERY = 60.0  # seconds between checkpoints
 
-# Work besides training steps, in pictures of a training step that take as long.
-MEASURE = 1.0  # a held-out picture through the first stage, alone and in float32
-ENCODE = 0.4  # a picture into latents in float32
-VALIDATE = 2.4  # a held-out picture at six noise levels
-SHEET = 150.0  # the sixteen pictures of a sample sheet
-DRAW = 10.0  # a picture drawn: 12 steps, twice for guidance, forward only
 FEATURES = 0.02  # seconds a picture
-START = 5.0  # seconds to begin each stage and to write the report
-SAVING = 1.02  # checkpoints
+START = 3.0  # seconds to begin each stage and the report
 
 
 class Costs(NamedTuple):
-    """What was measured: seconds a step and pictures a step of each stage, seconds to read a picture, and counts."""
+    """What was measured, in seconds (see `Measured`), and counts."""
 
-    first_step: float
+    first: Measured
+    second: Measured
     first_batch: int
-    second_step: float
     second_batch: int
-    decode: float
     pictures: int
     held: int
+    spent: float = 0.0
+    """Seconds that looking, measuring and planning took."""
 
 
 class Division(BaseModel):
@@ -51,11 +50,22 @@ class Division(BaseModel):
     latents: float
     second: float
     report: float
+    planning: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds in all."""
+        return self.planning + self.training
+
+    @property
+    def training(self) -> float:
+        """Seconds that are left when the plan is made."""
         return self.first + self.latents + self.second + self.report
+
+    @property
+    def little(self) -> bool:
+        """Whether the steps are too few to learn anything."""
+        return min(self.first_steps, self.second_steps) < LEAST_STEPS
 
 
 def parse_budget(text: str) -> float:
@@ -65,7 +75,10 @@ def parse_budget(text: str) -> float:
         raise InputError(f"budget {text!r} is not a time; write it like 90s, 30m, 2h or 1h30m", exit_code=2)
     seconds = sum(float(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if not 0 < seconds <= 366 * 86400:
-        raise InputError(f"budget {text!r} is not a time between a second and a year", exit_code=2)
+        raise InputError(f"budget {text!r} is not a time between {duration(LEAST_BUDGET)} and a year", exit_code=2)
+    if seconds < LEAST_BUDGET:
+        least = f"the least is {duration(LEAST_BUDGET)}, and half an hour is the least that shows anything"
+        raise InputError(f"a budget of {text} is too small for two stages; {least}", exit_code=2)
     return seconds
 
 
@@ -82,7 +95,7 @@ def duration(seconds: float) -> str:
 def divide(costs: Costs, budget: float | None, steps: tuple[int, int] | None = None) -> Division:
     """Steps that fill `budget` seconds; without one, those that the number of pictures suggests; or `steps` as given.
 
-    InputError names the least budget where this one is too small.
+    InputError where a budget leaves no time for steps.
     """
     if steps is None and budget is None:
         return _expected(costs, *suggested(costs), LOOKS[0], SAMPLES[0])
@@ -93,16 +106,14 @@ def divide(costs: Costs, budget: float | None, steps: tuple[int, int] | None = N
         rest = _expected(costs, 0, 0, looks, samples).total
         if rest <= 0.2 * budget:
             break
-    first, second = (share / sum(SHARES) * (budget - rest) / SAVING for share in SHARES)
-    steps = int(first / costs.first_step), int(second / costs.second_step)
-    if min(steps) < LEAST_STEPS:
-        slowest = max(costs.first_step / SHARES[0], costs.second_step / SHARES[1]) * sum(SHARES)
-        least = rest + (LEAST_STEPS + 1) * slowest * SAVING
-        raise InputError(
-            f"a budget of {duration(budget)} is too small: reading, measuring and drawing take {duration(rest)} here, "
-            f"and each stage needs at least {LEAST_STEPS} steps; the least is {duration(least)}"
+    first, second = (share / sum(SHARES) * (budget - rest) for share in SHARES)
+    found = int(first / _step(costs.first)), int(second / _step(costs.second))
+    if min(found) < 1:
+        what = (
+            f"reading, encoding and measuring {costs.pictures + costs.held} pictures takes {duration(rest)} of it here"
         )
-    return _expected(costs, *steps, looks, samples)
+        raise InputError(f"a budget of {duration(budget)} is too small: {what}; give {duration(4 * rest)} or more")
+    return _expected(costs, *found, looks, samples)
 
 
 def suggested(costs: Costs) -> tuple[int, int]:
@@ -114,8 +125,13 @@ def suggested(costs: Costs) -> tuple[int, int]:
     return max(200, round(seen / costs.first_batch)), max(200, round(5 * seen / costs.second_batch))
 
 
+def _step(stage: Measured) -> float:
+    """Seconds of a step with its share of a checkpoint."""
+    return stage.seconds * (1 + stage.save / SAVED_EVERY)
+
+
 def _expected(costs: Costs, first_steps: int, second_steps: int, looks: int, samples: int) -> Division:
-    first, second = costs.first_step / costs.first_batch, costs.second_step / costs.second_batch
+    first, second = costs.first, costs.second
     everything = costs.pictures + costs.held
     held = min(costs.held, MOST_HELD)
     reference = min(everything, MOST_REFERENCE)
@@ -124,13 +140,19 @@ def _expected(costs: Costs, first_steps: int, second_steps: int, looks: int, sam
         second_steps=second_steps,
         looks=looks,
         samples=samples,
+        planning=costs.spent,
         first=START
-        + everything * costs.decode
-        + SAVING * first_steps * costs.first_step
-        + (looks + 1) * held * MEASURE * first,
-        latents=everything * (costs.decode + ENCODE * first),
+        + everything * first.decode
+        + first_steps * _step(first)
+        + first.save
+        + (looks + 1) * held * first.look,
+        latents=everything * (first.decode + first.encode),
         second=START
-        + SAVING * second_steps * costs.second_step
-        + looks * (min(held, MOST_HELD // 2) * VALIDATE + SHEET) * second,
-        report=reference * (costs.decode + FEATURES) + samples * (DRAW * second + first + FEATURES),
+        + second_steps * _step(second)
+        + second.save
+        + looks * (min(held, MOST_HELD // 2) * second.look + SHEET * second.draw),
+        report=START
+        + reference * (first.decode + FEATURES)
+        + 2 * min(held, MOST_COMPARED) * first.look
+        + samples * (second.draw + FEATURES),
     )

@@ -2,19 +2,21 @@
 
 import os
 import shlex
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from latentkit.applications.fit.choice import choose, model_name
-from latentkit.applications.fit.division import Costs, divide, parse_budget
+from latentkit.applications.fit.division import Costs, divide, duration, parse_budget
 from latentkit.applications.fit.measure import measure_autoencoder, measure_diffusion
 from latentkit.applications.fit.plan import FILE, Asked, Counted, FitPlan, compare, describe, load, planned, save
 from latentkit.applications.fit.selftest import selftest
 from latentkit.applications.fit.summary import write_report
 from latentkit.applications.pictures import open_data
 from latentkit.applications.train import train
+from latentkit.applications.train_diffusion import multiple
 from latentkit.data import report
 from latentkit.data.source import Source, open_source
 from latentkit.errors import InputError
@@ -64,6 +66,7 @@ def fit(
     run = Path(run) if run is not None else Path("runs") / name
     if run.resolve().is_relative_to(Path(folder).expanduser().resolve()):
         raise InputError(f"the run {run} would lie among the pictures of {folder}; name another place with --into")
+    begun = time.monotonic()
     plan = load(run)
     source = open_source(folder)
     say(report.describe(report.inspect(source)))
@@ -71,8 +74,9 @@ def fit(
         folder=str(folder), data=source.fingerprint, name=name,
         budget=budget, size=size, condition=condition, seed=seed, steps=steps,
     )  # fmt: skip
+    fresh = plan is None
     if plan is None:
-        plan = _plan(source, asked, run)
+        plan = _plan(source, asked, run, begun)
         save(run, plan)
         say(f"\nplan ({run / FILE}):\n{describe(plan)}\n")
     else:
@@ -81,28 +85,37 @@ def fit(
     if dry_run:
         _rehearse(plan)
         return Fitted(run / FILE)
-    return _train(plan, run, source)
+    if fresh:
+        say(
+            f"this should end at about {time.strftime('%H:%M', time.localtime(time.time() + plan.expected.training))}\n"
+        )
+    done = _train(plan, run, source)
+    if fresh:
+        say(f"took {duration(time.monotonic() - begun)}; planned {duration(plan.expected.total)}")
+    return done
 
 
-def _plan(source: Source, asked: Asked, run: Path) -> FitPlan:
+def _plan(source: Source, asked: Asked, run: Path, begun: float) -> FitPlan:
     """Choose, measure and divide."""
     device = distributed.pick_device().type
     choice = choose(
         source, asked.folder, run, asked.name,
         size=asked.size, condition=asked.condition, seed=asked.seed, device=device,
     )  # fmt: skip
-    train, held = open_data(choice.diffusion.data, asked.seed, choice.autoencoder.network.downsampling)
-    say("measuring one step of each stage")
+    train, held = open_data(
+        choice.diffusion.data, asked.seed, multiple(choice.diffusion, choice.autoencoder.network.downsampling)
+    )
+    say("measuring both stages on this machine")
     first = measure_autoencoder(choice.autoencoder, train)
-    second = measure_diffusion(choice.diffusion, choice.autoencoder, train.source)
+    second = measure_diffusion(choice.diffusion, choice.autoencoder, train)
     costs = Costs(
-        first_step=first.seconds,
+        first=first,
+        second=second,
         first_batch=choice.autoencoder.schedule.batch,
-        second_step=second.seconds,
         second_batch=choice.diffusion.schedule.batch,
-        decode=first.decode,
         pictures=len(train),
         held=len(held),
+        spent=time.monotonic() - begun,
     )
     division = divide(costs, parse_budget(asked.budget) if asked.budget else None, asked.steps)
     apart = 0 if held.source is train.source else len(held)
@@ -112,7 +125,9 @@ def _plan(source: Source, asked: Asked, run: Path) -> FitPlan:
 
 def _rehearse(plan: FitPlan) -> None:
     """The self-test in words; InputError where a part cannot learn."""
-    train, _ = open_data(plan.diffusion.data, plan.asked.seed, plan.autoencoder.network.downsampling)
+    square = plan.diffusion.data.transform.model_copy(update={"buckets": False})
+    data = plan.diffusion.data.model_copy(update={"transform": square})
+    train, _ = open_data(data, plan.asked.seed, plan.autoencoder.network.downsampling)
     verdicts = selftest(plan.autoencoder, plan.diffusion, train)
     for verdict in verdicts:
         say(f"  {'can learn' if verdict.passed else 'CANNOT LEARN':<12}  {verdict.part}: {verdict.words}")
@@ -138,7 +153,7 @@ def _train(plan: FitPlan, run: Path, source: Source) -> Fitted:
         persist(FileCalls(), str(page), lambda: replace_file(FileCalls(), page, [text.encode()]))
     words = '"a few words" ' if plan.diffusion.text else ""
     words = f"--label {shlex.quote(source.classes[0])} " if plan.diffusion.label else words
-    say(f"draw with: latentkit generate {words}-m {model}")
+    say(f"look at {page}; draw with: latentkit generate {words}-n 4 -m {shlex.quote(str(run))}")
     return Fitted(run / FILE, model, page)
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import resource
-import statistics
 import sys
 import tempfile
 import time
@@ -15,12 +14,15 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from latentkit.applications.train_diffusion import build_model
+from latentkit.applications.generate import draw
+from latentkit.applications.train_autoencoder import pairs
+from latentkit.applications.train_diffusion import build_model, sampling_defaults, validate
 from latentkit.data.dataset import Pictures, free_memory
-from latentkit.data.loader import Loader
+from latentkit.data.loader import Batch, Loader
 from latentkit.data.order import Order
 from latentkit.data.source import Source
 from latentkit.errors import InputError
+from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.model.first_stage import FirstStage
 from latentkit.training import distributed
 from latentkit.training.autoencoder import AutoencoderObjective
@@ -30,22 +32,34 @@ from latentkit.training.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
 FOREVER = 10**9
-WARM, TIMED = 2, 3  # steps
+WARM = 2  # steps that are not timed
+LEAST_TIMED, MOST_TIMED = 4, 200  # steps
+TIMED = 6.0  # seconds of steps
+DISTINCT = 4  # batches that they go round
+LOOKED = 4  # held-out pictures
+DRAWN = 8
 MEMORY_SHARE = 0.8  # of what is free, that a step may take
 
-Batches = list[dict[str, Any]]
+Batches = list[Batch]
 
 
 class Measured(BaseModel):
-    """One stage on this machine: seconds a step, bytes at its peak, pictures a forward pass (None: the batch)."""
+    """One stage on this machine: seconds a step, bytes at its peak, pictures a forward pass (None: the batch).
+
+    The rest is in seconds too: to write a checkpoint; to read a picture the first time; and, of a picture each, to
+    encode it, to measure a held-out one in a look, to draw one.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     seconds: float
     memory: int
     micro_batch: int | None = None
+    save: float = 0.0
     decode: float = 0.0
-    """Seconds to read and scale one picture the first time."""
+    encode: float = 0.0
+    look: float = 0.0
+    draw: float = 0.0
 
 
 class _Enough(Exception):
@@ -57,11 +71,12 @@ def rehearse(
     objective: Any,
     batches: Callable[[], Iterator[Batches]],
     watch: Callable[[int, float], bool],
+    after: Callable[[Trainer], None] = lambda trainer: None,
 ) -> None:
     """Training steps of the recipe, by the trainer itself and without a fall of the learning rate.
 
-    `watch(step, loss)` is called after each and ends them by True; loss is NaN for a step that was skipped. The
-    objective keeps its weights, and nothing else remains.
+    `watch(step, loss)` is called after each and ends them by True; loss is NaN for a step that was skipped. `after`
+    is called with the trainer when they have ended. The objective keeps its weights, and nothing else remains.
     """
     never = {"steps": FOREVER, "save_every": FOREVER, "log_every": FOREVER, "sample_every": FOREVER}
     schedule = recipe.schedule.model_copy(update=never)
@@ -91,35 +106,80 @@ def rehearse(
         trainer.progress.silent = True
         with suppress(_Enough):
             trainer.train()
+        after(trainer)
 
 
 def measure_autoencoder(recipe: AutoencoderRecipe, train: Pictures) -> Measured:
-    """Time and memory of the first stage's step on pictures of the data set."""
+    """Time and memory of the first stage on pictures of the data set."""
+    torch.manual_seed(recipe.seed)
+    first_stage = FirstStage(recipe.network, recipe.network.picture_channels)
+    autoencoder = first_stage.autoencoder
+    assert autoencoder is not None
+    order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
+    loader = Loader(train, order, workers=recipe.data.workers)
+    batches, first = _taken(loader)
+    _, again = _taken(loader)
+    drawn = [int(index) for (batch,) in batches for index in batch["index"]]
+    kept = again < first / 2  # in memory, and read once
+    found: dict[str, float] = {"decode": first / len(set(drawn) if kept else drawn)}
+
+    def rest(trainer: Trainer) -> None:
+        pixels = batches[0][0]["pixels"].to(trainer.device)
+        with trainer.ema.applied():
+            found["look"] = (
+                _seconds(lambda: reconstruction(itertools.islice(pairs(autoencoder, train), LOOKED))) / LOOKED
+            )
+            with torch.inference_mode():
+                found["encode"] = _seconds(lambda: first_stage.moments(pixels).cpu()) / len(pixels)
 
     def objective() -> Any:
-        torch.manual_seed(recipe.seed)
-        first_stage = FirstStage(recipe.network, recipe.network.picture_channels)
-        assert first_stage.autoencoder is not None
-        return AutoencoderObjective(first_stage.autoencoder, recipe.loss, recipe.seed)
+        return AutoencoderObjective(autoencoder, recipe.loss, recipe.seed)
 
-    begun = time.monotonic()
-    (batch,) = next(Loader(train, Order(len(train), recipe.schedule.batch, recipe.seed)).batches())
-    distinct = len(set(batch["index"].tolist()))
-    decode = (time.monotonic() - begun) / distinct
-    return _measure(recipe, objective, batch).model_copy(update={"decode": decode})
+    # Pictures that are not kept in memory are read again in every step, beside it where there are workers.
+    load = again / DISTINCT
+    measured = _measure(recipe, objective, [batch for (batch,) in batches], rest)
+    seconds = max(measured.seconds, load) if recipe.data.workers else measured.seconds + load
+    return measured.model_copy(update={**found, "seconds": seconds})
 
 
-def measure_diffusion(recipe: DiffusionRecipe, autoencoder: AutoencoderRecipe, source: Source) -> Measured:
-    """Time and memory of the second stage's step on latents drawn at random."""
+def measure_diffusion(recipe: DiffusionRecipe, autoencoder: AutoencoderRecipe, train: Pictures) -> Measured:
+    """Time and memory of the second stage on latents drawn at random."""
     first_stage = FirstStage(autoencoder.network, autoencoder.network.picture_channels)
+    side = recipe.data.transform.size // first_stage.downsampling
+    latents = _Noise(train.source, torch.randn(2 * first_stage.latent_channels, side, side))
+    order = Order(len(train), recipe.schedule.batch, recipe.seed)
+    batches = [batch for (batch,) in _taken(Loader(latents, order))[0]]
+    model = build_model(recipe, first_stage, train.source, train.shapes[train.commonest])
+    found: dict[str, float] = {}
 
     def objective() -> Any:
-        return DiffusionObjective(build_model(recipe, first_stage, source), recipe.loss, recipe.seed)
+        return DiffusionObjective(model, recipe.loss, recipe.seed)
 
-    side = recipe.data.transform.size // first_stage.downsampling
-    latents = _Noise(source, torch.randn(2 * first_stage.latent_channels, side, side))
-    (batch,) = next(Loader(latents, Order(len(source), recipe.schedule.batch, recipe.seed)).batches())
-    return _measure(recipe, objective, batch)
+    def rest(trainer: Trainer) -> None:
+        held = [{name: value if name == "step" else value[:LOOKED] for name, value in batches[0].items()}]
+        defaults = sampling_defaults(recipe)
+        model.eval()
+        bf16 = recipe.schedule.precision == "bf16"
+        with trainer.ema.applied(), torch.autocast(trainer.device.type, torch.bfloat16, enabled=bf16):
+            found["look"] = _seconds(lambda: validate(trainer.objective, held)) / LOOKED
+            found["draw"] = _seconds(lambda: list(draw(model, defaults, [None] * DRAWN, range(DRAWN)))) / DRAWN
+
+    return _measure(recipe, objective, batches, rest).model_copy(update=found)
+
+
+def _taken(loader: Loader) -> tuple[list[Batches], float]:
+    """The first batches, and the seconds that they took."""
+    begun = time.monotonic()
+    return list(itertools.islice(loader.batches(), DISTINCT)), time.monotonic() - begun
+
+
+def _seconds(action: Callable[[], Any]) -> float:
+    """Seconds of what is done, warm: the mean of two times."""
+    action()
+    begun = time.monotonic()
+    action()
+    action()
+    return (time.monotonic() - begun) / 2
 
 
 class _Noise:
@@ -135,19 +195,29 @@ class _Noise:
         return index, self.moments
 
 
-def _measure(recipe: Any, objective: Callable[[], Any], batch: dict[str, Any]) -> Measured:
+def _measure(
+    recipe: Any, objective: Callable[[], Any], batches: list[Batch], rest: Callable[[Trainer], None]
+) -> Measured:
     """First the memory at two small batches, then time and memory at the largest micro-batch that fits."""
     device = distributed.pick_device(recipe.schedule.device)
     size = recipe.schedule.batch
     allowed = MEMORY_SHARE * (available(device) + _used(device))
     try:
         pair = (max(1, size // 8), max(2, size // 4))
-        weights = {count: _steps(recipe, objective(), batch, count, count, 2)[1] for count in pair}
+        weights = {count: _steps(recipe, objective(), batches[:1], count, count, 2)[1] for count in pair}
     except torch.OutOfMemoryError:
         raise _too_large(f"{size // 4} pictures at a time do not fit", allowed) from None
     micro = portion(size, weights, allowed)
-    seconds, memory = _steps(recipe, objective(), batch, size, micro, WARM + TIMED)
-    return Measured(seconds=seconds, memory=memory, micro_batch=None if micro == size else micro)
+    saved: list[float] = []
+
+    def after(trainer: Trainer) -> None:
+        begun = time.monotonic()
+        trainer.save()
+        saved.append(time.monotonic() - begun)
+        rest(trainer)
+
+    seconds, memory = _steps(recipe, objective(), batches, size, micro, None, after)
+    return Measured(seconds=seconds, memory=memory, micro_batch=None if micro == size else micro, save=saved[0])
 
 
 def portion(batch: int, weights: dict[int, int], allowed: float) -> int:
@@ -170,21 +240,37 @@ def _too_large(what: str, allowed: float) -> InputError:
     )
 
 
-def _steps(recipe: Any, objective: Any, batch: dict[str, Any], size: int, micro: int, count: int) -> tuple[float, int]:
-    """Median seconds of the later ones of `count` steps of `size` pictures, and the bytes at their peak."""
+def _steps(
+    recipe: Any,
+    objective: Any,
+    batches: list[Batch],
+    size: int,
+    micro: int,
+    count: int | None,
+    after: Callable[[Trainer], None] = lambda trainer: None,
+) -> tuple[float, int]:
+    """Mean seconds of the later of `count` steps of `size` pictures (None: as many as are timed), and bytes at most."""
     device = distributed.pick_device(recipe.schedule.device)
     recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"batch": size})})
-    parts = [_rows(batch, start, start + micro) for start in range(0, size, micro)]
+    parts = [[_rows(batch, start, start + micro) for start in range(0, size, micro)] for batch in batches]
     times: list[float] = []
+    peak = 0
 
     def watch(step: int, loss: float) -> bool:
         times.append(time.monotonic())
-        return step == count
+        if count is not None:
+            return step == count
+        timed = step - WARM
+        return timed >= LEAST_TIMED and (timed >= MOST_TIMED or times[-1] - times[WARM - 1] >= TIMED)
+
+    def ended(trainer: Trainer) -> None:
+        nonlocal peak
+        peak = _peak(device)
+        after(trainer)
 
     _reset(device)
-    rehearse(recipe, objective, lambda: itertools.repeat(parts), watch)
-    taken = [after - before for before, after in itertools.pairwise(times)]
-    return statistics.median(taken[min(WARM, len(taken)) - 1 :]), _peak(device)
+    rehearse(recipe, objective, lambda: itertools.cycle(parts), watch, ended)
+    return (times[-1] - times[WARM - 1]) / max(1, len(times) - WARM), peak
 
 
 def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

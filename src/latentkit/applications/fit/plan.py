@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from latentkit.applications.fit.choice import Choice, Reason
-from latentkit.applications.fit.division import Division, duration
+from latentkit.applications.fit.division import LEAST_STEPS, SAVED_EVERY, Division, duration
 from latentkit.applications.fit.measure import Measured
 from latentkit.checkpoints.files import invalid
 from latentkit.errors import InputError
@@ -76,7 +76,7 @@ def planned(
             update={
                 "steps": count,
                 "micro_batch": measured[stage].micro_batch,
-                "save_every": max(1, min(count, round(60 / step))),
+                "save_every": max(1, min(count, round(SAVED_EVERY / step))),
                 "log_every": max(1, count // 200),
                 "sample_every": max(1, -(-count // division.looks)),
             }
@@ -165,8 +165,14 @@ def describe(plan: FitPlan) -> str:
     for name, schedule, measured, seconds in stages:
         cost = f"{measured.seconds:.3g} s a step, {measured.memory / 1e9:.2f} GB: about {duration(seconds)}"
         rows.append((name, f"{schedule.steps:,} steps of {schedule.batch}", cost))
-    rest = f"latents, figures and report: about {duration(expected.latents + expected.report)}"
-    rows.append(("the rest", f"{expected.samples} pictures drawn", rest))
+    other = duration(expected.planning + expected.latents + expected.report)
+    rows.append(
+        ("the rest", f"{expected.samples} pictures drawn", f"planning, latents, figures and report: about {other}")
+    )
     rows.append(("in all", f"about {duration(expected.total)}", f"budget {plan.asked.budget or 'none'}"))
+    if expected.little:
+        rows.append(
+            ("too little", "for a model", f"fewer than {LEAST_STEPS} steps a stage learn nothing: give it more time")
+        )
     first, second = (max(len(row[i]) for row in rows) for i in (0, 1))
     return "\n".join(f"  {what:<{first}}  {value:<{second}}  {why}" for what, value, why in rows)

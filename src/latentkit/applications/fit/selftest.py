@@ -11,6 +11,7 @@ from torch import Tensor
 from latentkit.applications.fit.measure import rehearse
 from latentkit.applications.train_diffusion import build_model
 from latentkit.data.dataset import Pictures
+from latentkit.data.loader import Batch, collate
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.model.first_stage import FirstStage
 from latentkit.training import distributed
@@ -32,9 +33,11 @@ class Verdict(NamedTuple):
 
 
 def selftest(autoencoder: AutoencoderRecipe, diffusion: DiffusionRecipe, train: Pictures) -> list[Verdict]:
-    """Verdicts on the data, the first stage, the second stage, and its condition where it has one."""
-    count = len(train)
-    batch = _batch(train, [i * count // PICTURES for i in range(PICTURES)] if count > PICTURES else list(range(count)))
+    """Verdicts on the data, the first stage, the second stage, and its condition where it has one.
+
+    `train` is of one shape.
+    """
+    batch = _batch(train, _evenly(list(range(len(train)))))
     found = [_data(batch["pixels"], train)]
     if found[0].passed:
         device = distributed.pick_device(diffusion.schedule.device)
@@ -47,24 +50,18 @@ def selftest(autoencoder: AutoencoderRecipe, diffusion: DiffusionRecipe, train: 
 def told_apart(train: Pictures, recipe: DiffusionRecipe) -> list[int]:
     """A few pictures of which each has another caption or class."""
     items = train.source.items
-    said = [item.caption or "" if recipe.text is not None else item.label for item in items]
-    chosen = list({word: index for index, word in enumerate(said)}.values())
-    count = len(chosen)
-    return [chosen[i * count // PICTURES] for i in range(PICTURES)] if count > PICTURES else chosen
+    said = {item.caption or "" if recipe.text is not None else item.label: index for index, item in enumerate(items)}
+    return _evenly(list(said.values()))
 
 
-def _batch(train: Pictures, rows: list[int]) -> dict[str, Any]:
+def _evenly(rows: list[int]) -> list[int]:
+    count = len(rows)
+    return [rows[i * count // PICTURES] for i in range(PICTURES)] if count > PICTURES else rows
+
+
+def _batch(train: Pictures, rows: list[int]) -> Batch:
     """The batch that a loader makes, of pictures of our choice."""
-    items = [train.source.items[row] for row in rows]
-    classes = {name: number for number, name in enumerate(train.source.classes)}
-    return {
-        "step": 0,
-        "index": torch.tensor(rows),
-        "draw": torch.arange(len(rows)),
-        "pixels": torch.stack([train.view(row, 0)[1] for row in rows]),
-        "caption": [item.caption or "" for item in items],
-        "label": torch.tensor([classes.get(item.label or "", -1) for item in items]),
-    }
+    return collate(train, 0, range(len(rows)), [train.view(row, 0) for row in rows])
 
 
 def _short(recipe: Any) -> Any:
@@ -82,9 +79,17 @@ def _data(pixels: Tensor, train: Pictures) -> Verdict:
 
 
 def _learn(
-    recipe: Any, objective: Any, batch: dict[str, Any], error: Callable[[float], float], floor: float
+    recipe: Any,
+    objective: Any,
+    batch: dict[str, Any],
+    error: Callable[[float], float],
+    floor: float,
+    new_draws: bool = False,
 ) -> Verdict:
-    """Train on `batch` until `error(loss)` is below `PASS` of `floor`, which can be had without learning."""
+    """Train on `batch` until `error(loss)` is below `PASS` of `floor`, which can be had without learning.
+
+    With `new_draws` its random choices are new in every step.
+    """
     left = [math.inf]
     recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"batch": len(batch["draw"])})})
 
@@ -94,7 +99,8 @@ def _learn(
             return left[-1] < PASS * floor or step == MOST_STEPS or not math.isfinite(loss)
         return False
 
-    rehearse(recipe, objective, lambda: itertools.repeat([batch]), watch)
+    rounds = itertools.count(step=len(batch["draw"]) if new_draws else 0)
+    rehearse(recipe, objective, lambda: ([{**batch, "draw": batch["draw"] + first}] for first in rounds), watch)
     share = left[-1] / floor if floor > 0 else math.inf
     return Verdict("", share < PASS, f"{left[-1]:.3g} against {floor:.3g}")
 
@@ -113,7 +119,8 @@ def _first_stage(recipe: AutoencoderRecipe, batch: dict[str, Any], device: torch
     floor = float((pixels - pixels.mean(0)).abs().mean())
     objective = AutoencoderObjective(autoencoder, recipe.loss, recipe.seed)
     small = {name: batch[name] for name in ("step", "index", "draw", "pixels")}
-    verdict = _learn(recipe, objective, small, error, floor)
+    # With the same noise in every step the noise would be learnt, in place of the pictures.
+    verdict = _learn(recipe, objective, small, error, floor, new_draws=True)
     learns = "gives its pictures back" if verdict.passed else "does not learn to give pictures back"
     words = f"{learns}: error {verdict.words} for their average"
     return first_stage.eval().requires_grad_(False), Verdict("first stage", verdict.passed, words)
@@ -128,7 +135,8 @@ def _second_stage(
         return {name: value for name, value in batch.items() if name != "pixels"} | {"moments": moments}
 
     def fresh() -> DiffusionObjective:
-        return DiffusionObjective(build_model(recipe, first_stage, train.source).to(device), recipe.loss, recipe.seed)
+        model = build_model(recipe, first_stage, train.source, train.shapes[0])
+        return DiffusionObjective(model.to(device), recipe.loss, recipe.seed)
 
     batch = encoded(batch)
     mean, log_variance = batch["moments"].chunk(2, 1)

@@ -1,5 +1,6 @@
 """The report of a fit: what was found, how both stages learned, what the model draws and whether it copies."""
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from latentkit.applications.fit.division import MOST_HELD, MOST_REFERENCE, duration
+from latentkit.applications.fit.division import MOST_COMPARED, MOST_HELD, MOST_REFERENCE, duration
 from latentkit.applications.fit.plan import FitPlan, describe
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data, shown
-from latentkit.checkpoints.files import load
+from latentkit.applications.train_autoencoder import pairs
+from latentkit.applications.train_diffusion import multiple
+from latentkit.checkpoints.files import RUN_MODEL, load, load_autoencoder
 from latentkit.data import report as counts
 from latentkit.data.dataset import Pictures
 from latentkit.data.pictures import to_png
@@ -22,16 +25,22 @@ from latentkit.evaluation import report
 from latentkit.evaluation.features import NETWORK, features
 from latentkit.evaluation.kid import Kid, kid
 from latentkit.evaluation.neighbours import Memorisation, memorisation
+from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.evaluation.report import Figure
 
 SHOWN = 24
 PAIRS = 8
+COPIED = 0.5  # of the usual distance to the nearest training picture
+GAP = 4.0  # dB between pictures that were trained on and others
+LITTLE = 24.0  # dB
 LEAST_HELD = 8  # fewer held-out pictures are no scale
 
 
 def write_report(plan: FitPlan, run: Path, model: Path, source: Source) -> str:
     """The page's HTML; draws the plan's number of pictures with seeds 0, 1, 2 ... to do so."""
-    train, held = open_data(plan.diffusion.data, plan.asked.seed, plan.autoencoder.network.downsampling)
+    train, held = open_data(
+        plan.diffusion.data, plan.asked.seed, multiple(plan.diffusion, plan.autoencoder.network.downsampling)
+    )
     words = _words(plan, train, held, plan.expected.samples)
     network = load(model).network
     defaults = plan.diffusion.sampling.model_dump(mode="json", exclude={"prompts"})
@@ -46,6 +55,7 @@ def write_report(plan: FitPlan, run: Path, model: Path, source: Source) -> str:
     captions = [word or f"seed {seed}" for seed, word in enumerate(words)]
     sections = [
         ("What it draws", report.pictures([_figure(x, c) for x, c in list(zip(drawn, captions))[:SHOWN]])),
+        ("What to make of it", report.verdict(_verdict(run, train, held, copies, len(drawn)))),
         ("In figures", report.table(figures)),
         ("First stage", _first_stage(run / "autoencoder", network.first_stage.latent_std)),
         ("Second stage", _second_stage(run / "diffusion")),
@@ -89,6 +99,8 @@ def _figures(
         "structure": ("structural similarity", "1 is equal"),
     }
     last = _last(run / "autoencoder", "validation/psnr")
+    if last.get("validation/psnr_box") == last.get("validation/psnr"):
+        del names["psnr_box"]  # pictures without a plain white margin
     for key, (name, meaning) in names.items():
         if f"validation/{key}" in last:
             rows.append((name, f"{last[f'validation/{key}']:.2f}", meaning))
@@ -103,6 +115,41 @@ def _figures(
     rows.append(("memorisation ratio", f"{copies.ratio:.2f}", f"{meaning}; near 1: new pictures, near 0: copies"))
     rows.append(("nearer than any real one", f"{copies.copies} of {len(drawn)}", f"drawn pictures; scale: {scale}"))
     return rows
+
+
+def _verdict(run: Path, train: Pictures, held: Pictures, copies: Memorisation, count: int) -> list[str]:
+    """What the figures mean for who looks at the pictures, and what would help."""
+    said = []
+    if copies.ratio < COPIED:
+        said.append(
+            f"The model repeats its training pictures: {copies.copies} of {count} drawn pictures are nearer to one of "
+            "them than real ones are to each other (see the nearest ones below). Do not take what it draws for new. "
+            "More pictures help most, fewer steps help a little."
+        )
+    elif copies.copies:
+        said.append(
+            f"{copies.copies} of {count} drawn pictures are nearer to a training picture than real ones are to each "
+            "other: copies or blurs, as the nearest ones below show."
+        )
+    else:
+        said.append(f"None of {count} drawn pictures is a copy of a training picture.")
+    autoencoder = load_autoencoder(run / "autoencoder" / RUN_MODEL).autoencoder
+    assert autoencoder is not None
+    known, other = (
+        reconstruction(itertools.islice(pairs(autoencoder, pictures), MOST_COMPARED))["psnr"]
+        for pictures in (train, held)
+    )
+    if other < known - GAP:
+        said.append(
+            f"The first stage gives its training pictures back at {known:.1f} dB and held-out ones at {other:.1f} dB: "
+            "it knows its own pictures better than others. Editing other pictures will show it."
+        )
+    elif other < LITTLE:
+        said.append(
+            f"The first stage gives pictures back at {other:.1f} dB, which is blurred; nothing that is drawn can be "
+            "sharper. More time helps."
+        )
+    return said
 
 
 def _distance(first: Tensor, second: Tensor, note: str = "lower is better") -> tuple[str, str]:
@@ -150,14 +197,14 @@ def _neighbours(
 ) -> str:
     """The drawn pictures that are nearest to a training picture, each beside it."""
     distance = copies.nearest.distance
-    figures = []
+    found = []
     for row in distance.argsort()[:PAIRS].tolist():
         index = chosen[int(copies.nearest.place[row])]
         share = f"{float(distance[row]) / copies.held:.2f} of the usual distance" if copies.held > 0 else "no scale"
-        figures.append(_figure(drawn[row], f"drawn: {captions[row]}"))
-        figures.append(_figure(train.view(index, 0)[1], f"training: {train.source.items[index].key} ({share})"))
+        training = _figure(train.view(index, 0)[1], f"training: {train.source.items[index].key} ({share})")
+        found.append((_figure(drawn[row], f"drawn: {captions[row]}"), training))
     note = f"The {min(PAIRS, len(drawn))} of {len(drawn)} drawn pictures that lie nearest to a training picture."
-    return report.paragraph(note) + report.pictures(figures)
+    return report.paragraph(note) + report.pairs(found)
 
 
 def _data(source: Source) -> str:
@@ -171,12 +218,11 @@ def _data(source: Source) -> str:
 
 
 def _plan(plan: FitPlan, run: Path) -> str:
-    spent = {"first stage": _spent(run / "autoencoder"), "second stage": _spent(run / "diffusion")}
-    expected = {"first stage": plan.expected.first, "second stage": plan.expected.second}
-    times = [
-        (name, duration(expected[name]), duration(seconds) if seconds else "-", f"{rate:.1f}")
-        for name, (seconds, rate) in spent.items()
-    ]
+    stages = {"first stage": ("autoencoder", plan.expected.first), "second stage": ("diffusion", plan.expected.second)}
+    times = []
+    for name, (folder, expected) in stages.items():
+        seconds, rate = _spent(run / folder)
+        times.append((name, duration(expected), duration(seconds) if seconds else "-", f"{rate:.1f}"))
     machine = [(key, value) for key, value in plan.machine.items()]
     header = ("", "planned", "spent in steps", "pictures a second")
     recipes = {"plan.yaml": plan.model_dump(mode="json")}
