@@ -6,7 +6,7 @@ from torch import Tensor
 from latentkit.errors import InputError
 
 SMOOTH = 1 / 20
-DOUBT, COLLAPSED = 3.0, 6.0
+DOUBT, COLLAPSED = 2.0, 6.0
 """Decibels that the running reconstruction may fall below what it was: nothing is saved then; the run is given up."""
 FORGOTTEN = 6.0 / 2000
 """Decibels a step by which what it was is forgotten: a slow loss that stays is a choice, not a collapse."""
