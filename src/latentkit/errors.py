@@ -59,5 +59,8 @@ def wording(problem: Mapping[str, Any]) -> str:
     kind = problem["type"]
     said = problem["msg"].removeprefix("Value error, ")
     if kind in _WORDING:
-        said = _WORDING[kind].format(**problem.get("ctx", {}))
+        limits = {
+            k: int(v) if isinstance(v, float) and v.is_integer() else v for k, v in problem.get("ctx", {}).items()
+        }
+        said = _WORDING[kind].format(**limits)
     return said if kind in ("missing", "value_error") else f"{said} (got {repr(problem['input'])[:60]})"

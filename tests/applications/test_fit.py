@@ -213,8 +213,8 @@ def test_wrong_input_is_named_and_nothing_is_written(tiny, untested, options, me
 
 def test_pictures_of_several_shapes_keep_them(tiny, capsys):
     for number, side in enumerate([(16, 32), (32, 16), (16, 32), (16, 16)] * 2):  # none held back: all validate
-        path = folder_of(tiny / "pics", 1) / f"{number:03d}.png"
-        path.write_bytes(to_png(square(number, 32)[:, : side[0], : side[1]]))
+        (tiny / "pics").mkdir(exist_ok=True)
+        (tiny / "pics" / f"{number}.png").write_bytes(to_png(square(number, 32)[:, : side[0], : side[1]]))
     done = fit("pics", steps=(4, 4))
     assert "shape         3 shapes" in capsys.readouterr().err
     plan = yaml.safe_load(done.plan.read_text())

@@ -1,9 +1,10 @@
 """What is shown while a run goes on."""
 
+import logging
 import sys
 
 from latentkit.training import progress
-from latentkit.training.progress import Progress, clock
+from latentkit.training.progress import Progress, clock, say, warn
 
 
 def test_plain_lines_without_a_terminal(capsys, monkeypatch):
@@ -40,6 +41,22 @@ def test_other_ranks_are_silent(capsys):
         shown.begin()
         shown.update(1, 0.5)
     assert capsys.readouterr().err == ""
+
+
+def test_silence_is_for_what_goes_well(capsys):
+    log = logging.getLogger("latentkit")
+    log.setLevel(logging.ERROR)
+    try:
+        say("all is well")
+        with Progress(steps=1, batch=4) as shown:
+            shown.begin()
+            shown.update(1, 0.5)
+        warn("a checkpoint is damaged")
+    finally:
+        log.setLevel(logging.NOTSET)
+    assert capsys.readouterr().err == "a checkpoint is damaged\n"
+    say("all is well")
+    assert capsys.readouterr().err == "all is well\n"
 
 
 def test_clock():

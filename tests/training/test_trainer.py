@@ -250,9 +250,12 @@ def test_another_network_is_not_taken_for_this_run(tmp_path):
 
 def test_another_machine_is_told(tmp_path, capsys, monkeypatch):
     train(tmp_path / "run", steps=4)
+    monkeypatch.setattr("latentkit.training.trainer.__version__", "0.0")
     monkeypatch.setattr("platform.python_version", lambda: "9.9")
     train(tmp_path / "run", steps=4)
-    assert "9.9): the result may differ in the last bits" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "-> 9.9): the result may differ in the last bits" in told
+    assert "-> 0.0, python" in told
 
 
 def test_a_device_that_is_not_here_is_an_input_error():
