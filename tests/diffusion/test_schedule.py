@@ -72,6 +72,7 @@ def test_outside_the_trained_levels_the_timestep_is_clipped() -> None:
     schedule = NoiseSchedule("scaled_linear")
     np.testing.assert_array_equal(schedule.to_timestep(np.array([0.0, 1e-9, 1e9])), [0, 0, 999])
     np.testing.assert_array_equal(schedule.to_sigma(np.array([-5.0, 2000.0])), schedule.sigmas[[0, -1]])
+    assert float(NoiseSchedule("flow").to_sigma(1500)) == SIGMA_CAP
     edm = NoiseSchedule("edm")
     np.testing.assert_allclose(edm.to_timestep(np.array([0.0, 1e9])), [math.log(0.002) / 4, math.log(80) / 4])
     np.testing.assert_allclose(edm.to_sigma(np.array([-9.0, 1e6])), [0.002, 80.0])

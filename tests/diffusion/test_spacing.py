@@ -124,6 +124,19 @@ def test_an_infinite_sigma_is_one_cap_before_a_finite_spacing(name: str, kind: s
     assert sigmas[1] < SIGMA_CAP / 1000
 
 
+@pytest.mark.parametrize("name", VARIANTS)
+def test_no_second_level_stands_between_an_infinite_one_and_the_last_finite_one(name: str) -> None:
+    assert space(name, SCHEDULES["flow"], 1000)[1] < 1001
+
+
+def test_a_schedule_whose_levels_are_all_high_has_every_spacing() -> None:
+    schedule = NoiseSchedule("flow", shift=600.0, steps=5)
+    assert schedule.sigma_min == pytest.approx(150)
+    for name in (name for name in VARIANTS if not name.startswith("ays")):
+        for steps in range(1, 6):
+            falls(name, schedule, steps)
+
+
 @pytest.mark.parametrize("name", ["uniform", "karras", "kl_optimal", "beta"])
 @pytest.mark.parametrize("sampler", ["euler", "dpm++2m", "heun"])
 def test_the_cap_costs_float32_less_than_a_thousandth_at_the_end(sampler: str, name: str) -> None:
@@ -177,6 +190,7 @@ def test_a_searched_spacing_is_the_models_own_list_and_log_linear_between() -> N
             sigmas = space("searched", schedule, steps, lists)
             assert sigmas.shape == (steps + 1,)
             assert (np.diff(sigmas) < 0).all()
+    assert space("searched", schedule, 3, ((SIGMA_CAP, 0.0),))[1] == pytest.approx(FLOW_SIGMA_MAX)
     with pytest.raises(InputError, match="this model holds no searched spacing; `latentkit search-spacing` finds one"):
         space("searched", schedule, 4)
 
@@ -184,6 +198,8 @@ def test_a_searched_spacing_is_the_models_own_list_and_log_linear_between() -> N
 def test_lcm_takes_some_of_its_fifty() -> None:
     np.testing.assert_allclose(SD.to_timestep(space("lcm", SD, 4)[:-1]), [999, 759, 499, 259])
     np.testing.assert_allclose(SD.to_timestep(space("lcm:origin=100", SD, 3)[:-1]), [999, 669, 339])
+    for steps in range(1, 8):
+        falls("lcm", NoiseSchedule("cosine", steps=7), steps)
 
 
 def test_the_end_is_zero_or_what_is_asked_for() -> None:

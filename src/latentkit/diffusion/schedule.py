@@ -174,8 +174,8 @@ class NoiseSchedule:
         if self.kind == "flow":
             return np.asarray(self.steps * np.where(sigma >= SIGMA_CAP, 1.0, sigma / (self.shift + sigma)) - 1)
         table = self._table  # type: ignore[attr-defined]
-        between = np.interp(np.log(np.maximum(sigma, 1e-300)), table, np.arange(self.steps, dtype=np.float64))
-        return np.where(sigma >= SIGMA_CAP, self.steps - 1.0, between)
+        logs = np.log(np.maximum(sigma, 1e-300))
+        return np.asarray(np.interp(logs, table, np.arange(self.steps, dtype=np.float64)))
 
     def to_timestep(self, sigma: float | np.ndarray, nearest_index: bool = False) -> np.ndarray:
         """The timestep that the network gets at `sigma`: continuous, or that of the nearest trained level.
