@@ -103,6 +103,14 @@ def test_outside_the_interval_there_is_none(way: str) -> None:
     assert torch.equal(drawn(**WAYS[way], **outside), drawn(guidance_scale=1.0))
 
 
+def test_cfg_plus_is_not_plain_guidance_of_its_scale() -> None:
+    """Fresh noise is relative to the negative, also at scale 1, where the estimate is the positive."""
+    for scale in (0.6, 1.0):
+        plain = drawn(guidance_scale=scale)
+        assert (drawn(guidance_kind="cfg++", guidance_scale=scale) - plain).abs().max() > 1e-3
+    assert torch.equal(drawn(guidance_kind="cfg++"), drawn(guidance_kind="cfg++", guidance_scale=0.6))
+
+
 def test_guidance_by_itself_and_by_the_same_words_is_none() -> None:
     itself = Guide("0" * 64, MODEL)
     assert torch.equal(drawn(guidance_model=itself, guidance_scale=4.0), drawn(guidance_scale=1.0))

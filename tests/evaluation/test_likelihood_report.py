@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 
 from latentkit.checkpoints.files import Model, save_model
 from latentkit.cli import application
+from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.pictures import to_png
 from latentkit.data.source import Source, open_source
 from latentkit.diffusion.noise import keyed_uniform
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.errors import InputError
-from latentkit.evaluation.likelihood import BIN, likelihood, lines
+from latentkit.evaluation.likelihood import BIN, _dequantised, likelihood, lines
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 COUNT, SIDE = 5, 32
@@ -82,6 +83,7 @@ def two_stages(decoded: float) -> LatentDiffusion:
     """Latents of which every picture says nothing, whose diffusion is exact, and a decoder that says `decoded`."""
     network = tiny_model()
     stage = network.first_stage
+    stage.latent_std.mul_(3)
     stage.moments = lambda pixels: torch.cat(  # type: ignore[method-assign]
         [torch.zeros(len(pixels), 4, 8, 8), torch.full((len(pixels), 4, 8, 8), -1.0)], dim=1
     )
@@ -120,6 +122,16 @@ def test_a_picture_has_its_number_whatever_the_rest(tmp_path: Path, monkeypatch:
     assert (one.pictures, one.bound.error) == (1, None)
     assert one.exact != other.exact
     assert one.bound != other.bound
+
+
+def test_values_are_spread_evenly_over_their_width(tmp_path: Path) -> None:
+    source = pictures(tmp_path, SIDE)
+    shown = Pictures(source, Transform(size=SIDE), 0)
+    away = torch.stack([_dequantised(shown, i, 0) - shown.sample(i, i) for i in range(COUNT)]) / BIN
+    assert -0.5 <= away.min() < -0.49
+    assert 0.49 < away.max() <= 0.5
+    assert away.std() == pytest.approx(12**-0.5, rel=0.02)
+    assert not torch.equal(away[0], away[1])
 
 
 def test_the_model_is_told_the_captions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.nets.unet import UNetConfig
-from latentkit.training.diffusion import DiffusionLoss, DiffusionObjective
+from latentkit.training.diffusion import BOUND_PICTURES, DiffusionLoss, DiffusionObjective
 
 STD = 0.5
 
@@ -32,13 +32,14 @@ def objective(believed: float) -> DiffusionObjective:
 
 
 def test_it_is_the_entropy_where_the_model_is_right_and_more_where_it_is_not() -> None:
-    pixels = STD * torch.randn(32, 3, 8, 8)
-    batch = {"pixels": pixels, "draw": torch.arange(32)}
+    pixels = STD * torch.randn(BOUND_PICTURES, 3, 8, 8)
+    batch = {"pixels": pixels, "draw": torch.arange(BOUND_PICTURES), "step": 7}
     found = objective(STD).bound(batch)
     entropy = 0.5 * math.log(2 * math.pi * math.e * STD**2)
     assert found["bound"] == pytest.approx(entropy, abs=0.1)
     assert objective(2.0).bound(batch)["bound"] > found["bound"] + 0.1
-    assert objective(STD).bound(batch) == found
+    more = {"pixels": torch.cat([pixels, 9 * pixels]), "draw": torch.arange(2 * BOUND_PICTURES), "caption": [""] * 32}
+    assert objective(STD).bound(more) == found
     assert list(found) == ["bound", *(f"bound_from_sigma_{s:g}" for s in (10, 1, 0.1, 0.01, 0.001))]
     assert found["bound_from_sigma_0.01"] > found["bound_from_sigma_10"] > 0
     assert found["bound_from_sigma_0.01"] == pytest.approx(math.log(10), rel=0.15)  # a nat each unit of ln sigma

@@ -51,7 +51,6 @@ def guided(network: LatentDiffusion, requests: Sequence[Request]) -> Denoise:
         pair = guidance.together(joint, weights)
     if first.also:
         alone = guidance.positive(pair)
-        pair = pair if steered else guidance.itself(alone)
     if first.guidance_model is not None:
         pair = guidance.apart(_weaker(first.guidance_model, asked, count), alone)
     denoise = alone

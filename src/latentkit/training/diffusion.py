@@ -16,8 +16,8 @@ from latentkit.diffusion.spacing import space
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 GOLDEN = (math.sqrt(5) - 1) / 2
-BOUND_LEVELS = 24
-"""Noise levels that `DiffusionObjective.bound` sees."""
+BOUND_LEVELS, BOUND_PICTURES = 24, 16
+"""Noise levels and pictures that `DiffusionObjective.bound` sees."""
 BOUND_SHARE = 0.001
 """Weight of the variational bound beside the squared error (Nichol & Dhariwal 2021, equation 16)."""
 
@@ -128,10 +128,11 @@ class DiffusionObjective:
 
     @torch.no_grad()
     def bound(self, batch: dict[str, Any]) -> dict[str, float]:
-        """The variational bound of the batch's clean latents, nats per element of them: whole, and by tens of sigma.
+        """The variational bound of the batch's first clean latents, nats per element: whole, and by tens of sigma.
 
         It is one of latents, not of pictures (for those: `evaluation/likelihood.py`).
         """
+        batch = {k: v[:BOUND_PICTURES] for k, v in batch.items() if isinstance(v, Tensor | list)}
         x0 = self.latents(batch)
         told = {name: list(self.model.conditioner(name).from_batch(batch)) for name in self.model.conditioners}
         denoise = self.model.denoiser.bind(self.model.condition(told, len(x0)))
