@@ -83,7 +83,7 @@ def test_a_perfect_network_has_no_loss() -> None:
     class Perfect(torch.nn.Module):
         conv_in = torch.nn.Conv2d(1, 1, 1)
 
-        def forward(self, *_: object) -> torch.Tensor:
+        def forward(self, *_: object, **__: object) -> torch.Tensor:
             return objective.model.denoiser.prediction.target(x0, eps, rows)
 
     objective.model.denoiser.unet = Perfect()
