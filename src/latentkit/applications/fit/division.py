@@ -77,8 +77,8 @@ def parse_budget(text: str) -> float:
     if not 0 < seconds <= 366 * 86400:
         raise InputError(f"budget {text!r} is not a time between {duration(LEAST_BUDGET)} and a year", exit_code=2)
     if seconds < LEAST_BUDGET:
-        least = f"the least is {duration(LEAST_BUDGET)}, and half an hour is the least that shows anything"
-        raise InputError(f"a budget of {text} is too small for two stages; {least}", exit_code=2)
+        least = duration(LEAST_BUDGET)
+        raise InputError(f"a budget of {text} is too small for two stages; the least is {least}", exit_code=2)
     return seconds
 
 
