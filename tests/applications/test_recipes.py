@@ -17,14 +17,25 @@ SHORT = [
     f"data.path={EMOJI}", "data.split=holdout", "schedule.steps=50", "schedule.batch=4", "schedule.save_every=50",
     "schedule.sample_every=50", "schedule.log_every=10", "optimiser.warmup=5",
 ]  # fmt: skip
-SECOND_STAGES = sorted(path.stem for path in RECIPES.glob("*.yaml") if path.stem != "emoji-autoencoder")
+SECOND_STAGES = sorted(path.stem for path in RECIPES.glob("*.yaml") if not path.stem.endswith("-autoencoder"))
 
 
 @pytest.fixture(scope="module")
-def first_stage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that runs of first stages lie in."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def trained(name: str, runs: Path) -> Path:
+    """A first stage's recipe after 50 steps."""
+    path = runs / name / "model.safetensors"
+    return path if path.exists() else train(read_recipe(str(RECIPES / f"{name}.yaml"), SHORT), runs / name)
+
+
+@pytest.fixture(scope="module")
+def first_stage(runs: Path) -> Path:
     """The autoencoder recipe after 50 steps."""
-    folder = tmp_path_factory.mktemp("runs") / "emoji-autoencoder"
-    return train(read_recipe(str(RECIPES / "emoji-autoencoder.yaml"), SHORT), folder)
+    return trained("emoji-autoencoder", runs)
 
 
 def losses(folder: Path) -> list[float]:
@@ -41,10 +52,12 @@ def test_autoencoder(first_stage: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SECOND_STAGES)
-def test_second_stage(name: str, first_stage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_stage(name: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    overrides = [*SHORT, f"first_stage={first_stage}"] if name != "emoji-pixels" else SHORT
-    path = train(read_recipe(str(RECIPES / f"{name}.yaml"), overrides), tmp_path / name)
+    file = str(RECIPES / f"{name}.yaml")
+    first = Path(read_recipe(file, []).first_stage)
+    overrides = SHORT if str(first) == "identity" else [*SHORT, f"first_stage={trained(first.name, runs)}"]
+    path = train(read_recipe(file, overrides), tmp_path / name)
     found = losses(tmp_path / name)
     assert found[-1] < 0.9 * found[0]
     model = load(path)
