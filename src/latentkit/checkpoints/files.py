@@ -65,7 +65,7 @@ def invalid(error: ValidationError, what: str, allowed: Iterable[str] = (), exit
     return InputError(f"{what}: " + "; ".join(lines), exit_code=exit_code)
 
 
-class _Shapes(TorchFunctionMode):
+class Shapes(TorchFunctionMode):
     """Makes modules on the meta device without drawing weights (torch imports its compiler to draw there)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,7 +166,7 @@ def load_model(
     architecture = _architecture(path, document, Architecture)
     _check_cost(path, [architecture.network, architecture.first_stage, *architecture.towers()], len(tensors))
     try:
-        with torch.device("meta"), _Shapes():
+        with torch.device("meta"), Shapes():
             model = LatentDiffusion(architecture, document.state)
         own = architecture.first_stage
         fits = own is None or own.picture_channels == architecture.picture_channels
@@ -200,7 +200,7 @@ def load_autoencoder(
     config = _architecture(path, document, AutoencoderConfig)
     _check_cost(path, [config], len(tensors))
     try:
-        with torch.device("meta"), _Shapes():
+        with torch.device("meta"), Shapes():
             first_stage = FirstStage(config, config.picture_channels)
     except Exception as error:
         raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
