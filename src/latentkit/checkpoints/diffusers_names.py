@@ -57,11 +57,10 @@ def autoencoder_pairs(network: Autoencoder) -> list[Pair]:
     Errors: InputError for what that layout cannot hold.
     """
     config = network.config
-    if config.stem > 1:
-        raise InputError(
-            f"the diffusers layout holds no autoencoder with a shuffled stem; this one folds {config.stem}x"
-            f"{config.stem} pixels"
-        )
+    for name, wanted in (("stem", 1), ("levels", None), ("variance", True)):
+        if getattr(config, name) != wanted:
+            got = getattr(config, name)
+            raise InputError(f"the diffusers layout holds no autoencoder with {name} {got}; only with {wanted}")
     pairs = paired(_autoencoder(config), network.state_dict())
     return [*pairs, Pair("quantize.embedding.weight", ("codebook.vectors",))] if config.codes else pairs
 

@@ -1,0 +1,102 @@
+"""A file of tensors in any form that other programs write: safetensors, or a pickle by `torch.save`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from latentkit.checkpoints.pickles import flat, read_pickle
+from latentkit.errors import InputError
+
+MOST_JSON = 1 << 25
+
+
+class Archive(NamedTuple):
+    """Tensors by name, mapped and not read; metadata; what else a checkpoint says of itself (`global_step`)."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = {}  # noqa: RUF012
+    values: dict[str, Any] = {}  # noqa: RUF012
+
+
+def read_archive(path: Path) -> Archive:
+    """The tensors of a file, whatever its name ends in. Errors: InputError says what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+        if start[:4] == b"PK\x03\x04":
+            return _pickled(read_pickle(path), path)
+        if start[8:9] != b"{":
+            old = " (an old pickle; save it again with torch.save of today)" if start[:1] == b"\x80" else ""
+            raise InputError(f"{path}: is neither safetensors nor a zip that torch.save wrote{old}")
+        with safe_open(path, "pt") as tables:
+            tensors = {name: tables.get_tensor(name) for name in tables.keys()}  # noqa: SIM118
+            return Archive(tensors, dict(tables.metadata() or {}))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise InputError(f"{path}: is truncated, damaged or no safetensors file ({str(error)[:200]})") from None
+
+
+def _pickled(content: Any, path: Path) -> Archive:
+    whole = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(whole, dict):
+        raise InputError(f"{path}: holds no tensors by name")
+    tensors = {name: value for name, value in flat(whole) if isinstance(value, Tensor)}
+    own = {name: value for name, value in content.items() if isinstance(value, int | float | str)}
+    return Archive(tensors, {}, own)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; InputError says what is wrong with it."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise InputError(f"{path}: has more than {MOST_JSON} bytes")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is no JSON ({str(error)[:100]})") from None
+    if not isinstance(content, Mapping):
+        raise InputError(f"{path}: is no JSON object")
+    return dict(content)
+
+
+def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a sub-folder that diffusers or transformers wrote: one file, or shards and their index.
+
+    `variant` is the middle of the file's name ("fp16"); None: the plain files, or the one variant that is there.
+    Errors: InputError names what is missing, and a shard whose name leads out of the folder.
+    """
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
+        for ending in (".safetensors", ".bin"):
+            whole = [folder / f"{stem}{f'.{variant}' if variant else ''}{ending}"]
+            index = [folder / f"{stem}{ending}.index{f'.{variant}' if variant else ''}.json"]
+            if variant is None:
+                whole += sorted(p for p in folder.glob(f"{stem}.*{ending}") if p.name.count(".") == 2)
+                index += sorted(folder.glob(f"{stem}{ending}.index.*.json"))
+            for path in whole:
+                if path.is_file():
+                    return read_archive(path).tensors
+            for path in index:
+                if path.is_file():
+                    return _shards(folder, path)
+    raise InputError(f"{folder}: holds no weights" + (f" of the variant {variant!r}" if variant else ""))
+
+
+def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise InputError(f"{index}: has no weight_map of names")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        if Path(name).name != name or name.startswith("."):
+            raise InputError(f"{index}: names the shard {name[:80]!r}, which is no file of this folder")
+        tensors |= read_archive(folder / name).tensors
+    missing = places.keys() - tensors.keys()
+    if missing:
+        raise InputError(f"{index}: {sorted(missing)[0]} and {len(missing) - 1} more tensors are in no shard")
+    return tensors
