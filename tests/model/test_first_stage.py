@@ -1,11 +1,15 @@
 """FirstStage: its stations, the standard scale of model latents, and the identity."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor
 
+from latentkit.model import first_stage
 from latentkit.model.first_stage import FirstStage
-from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.strips import Strips
 
 CONFIG = AutoencoderConfig(latent_channels=2, channels=16, multipliers=(1, 2), blocks=1, stem=2)
 MEAN, STD = torch.tensor([1.5, -0.5]), torch.tensor([2.0, 0.25])
@@ -95,3 +99,28 @@ def test_the_identity_has_a_scale_too(pixels: Tensor) -> None:
     z = identity.encode(pixels)
     torch.testing.assert_close(z[:, 2], (pixels[:, 2] - 0.3) / 2.0)
     torch.testing.assert_close(identity.decode(z), pixels)
+
+
+def test_large_pictures_pass_in_strips_with_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = FirstStage(AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=3), 3).eval()
+    pixels = torch.rand(1, 3, 16, 24, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    used: list[str | None] = []
+
+    def spy(network: Autoencoder, spill: str | None) -> Strips:
+        used.append(spill)
+        return Strips(network, spill)
+
+    monkeypatch.setattr(first_stage, "Strips", spy)
+    with torch.no_grad():
+        whole = stage.encode(pixels)
+        drawn = stage.decode(whole)
+        assert not used
+        monkeypatch.setattr(first_stage, "WHOLE_PIXELS", 16 * 24 - 1)
+        torch.testing.assert_close(stage.encode(pixels), whole, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stage.decode(whole), drawn, rtol=1e-4, atol=1e-5)
+        assert used == [None, None]
+        monkeypatch.setattr(os, "sysconf", lambda name: 1)
+        torch.testing.assert_close(stage.decode(whole), drawn, rtol=1e-4, atol=1e-5)
+        assert used[2] is not None
+    stage.decode(whole)
+    assert len(used) == 3, "with gradients the network is run whole"

@@ -1,11 +1,18 @@
-"""FirstStage: pixels to model latents and back; the only owner of latent scaling."""
+"""FirstStage: pixels to model latents and back; the only owner of latent scaling, and of how large pictures pass."""
+
+import os
+import tempfile
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
-from latentkit.nets.bottleneck import posterior
+from latentkit.nets.bottleneck import Posterior, posterior
+from latentkit.nets.strips import Strips
+
+WHOLE_PIXELS = 1 << 22
+"""Pixels of a batch up to which it passes the autoencoder whole: 2048 x 2048, or four of 1024 x 1024."""
 
 
 class FirstStage(nn.Module):
@@ -40,7 +47,9 @@ class FirstStage(nn.Module):
         """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (identity: the pixels, no variance)."""
         if self.autoencoder is None:
             return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1).float()
-        return torch.cat(self.autoencoder.encode(pixels.to(self.dtype)), dim=1)
+        strips = self._strips(self.autoencoder, pixels[:, 0].numel())
+        found: Posterior = (strips or self.autoencoder).encode(pixels.to(self.dtype))
+        return torch.cat(found, dim=1).to(self.latent_mean.device)
 
     def from_moments(
         self, moments: Float[Tensor, "b z h w"], noise: Float[Tensor, "b c h w"] | None = None
@@ -62,4 +71,17 @@ class FirstStage(nn.Module):
         raw = z.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         if self.autoencoder is None:
             return raw
-        return self.autoencoder.decode(raw.to(self.dtype)).float()
+        strips = self._strips(self.autoencoder, raw[:, 0].numel() * self.downsampling**2)
+        return (strips or self.autoencoder).decode(raw.to(self.dtype)).float().to(raw.device)
+
+    def _strips(self, network: Autoencoder, pixels: int) -> Strips | None:
+        """What a batch of so many pixels passes instead of the whole network, if it is large: the values are the same.
+
+        What lies between the segments goes to files where it would fill more than half of the free memory.
+        """
+        if pixels <= WHOLE_PIXELS or torch.is_grad_enabled():
+            return None
+        widest = max(network.config.channels * m for m in network.config.multipliers) * self.dtype.itemsize
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        most = 3 * pixels * widest // network.config.stem**2
+        return Strips(network, tempfile.gettempdir() if most > free // 2 else None)

@@ -1,0 +1,99 @@
+"""The autoencoder in strips: the whole's values, whatever the strips, and no more of it on the device than strips."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from latentkit.nets import strips
+from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.strips import Strips
+
+CONFIGS = {
+    "kl": AutoencoderConfig(channels=32, multipliers=(1, 2, 2), blocks=1, latent_channels=4),
+    "stem": AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=3, stem=2, attention=False),
+    "codes": AutoencoderConfig(
+        channels=32, multipliers=(1, 2), blocks=1, latent_channels=3, codes=16, attention_levels=1
+    ),
+    "levels": AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=2, levels=(5, 5)),
+    "one level": AutoencoderConfig(channels=32, multipliers=(1,), blocks=1, latent_channels=4, picture_channels=5),
+}
+
+
+def made(config: AutoencoderConfig, dtype: torch.dtype) -> Autoencoder:
+    torch.manual_seed(5)
+    network = Autoencoder(config)
+    for name, parameter in network.named_parameters():
+        if parameter.ndim < 2:
+            parameter.data += 0.3 * torch.randn_like(parameter)
+        elif "conv_out" in name:
+            nn.init.normal_(parameter, std=0.05)
+    return network.to(dtype).eval().requires_grad_(False)
+
+
+def pictures(config: AutoencoderConfig, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(6)
+    return torch.rand((2, config.picture_channels, 40, 24), generator=generator).to(dtype) * 2 - 1
+
+
+@pytest.mark.parametrize("elements", [1, 5000, 1 << 22])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_strips_are_exact(name: str, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "ELEMENTS", elements)
+    config = CONFIGS[name]
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 2e-5)):
+        network, x = made(config, dtype), pictures(config, dtype)
+        whole, parts = network.encode(x), Strips(network).encode(x)
+        torch.testing.assert_close(parts.mean, whole.mean, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(parts.log_variance, whole.log_variance, rtol=tolerance, atol=tolerance)
+        z = whole.mean
+        torch.testing.assert_close(Strips(network).decode(z), network.decode(z), rtol=tolerance, atol=10 * tolerance)
+
+
+def test_bfloat16_errs_no_more_than_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "ELEMENTS", 5000)
+    config = CONFIGS["kl"]
+    true = made(config, torch.float64)
+    network = made(config, torch.float64).bfloat16()
+    z = true.encode(pictures(config, torch.float64)).mean
+    exact = true.decode(z)
+    ours, plain = (float((y.double() - exact).square().mean()) for y in (
+        Strips(network).decode(z.bfloat16()), network.decode(z.bfloat16())))  # fmt: skip
+    assert ours < 1.5 * plain
+
+
+def test_what_lies_between_goes_to_files_that_are_gone_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped: list[int] = []
+    from_file = torch.from_file
+
+    def spy(path: str, **options: Any) -> Tensor:
+        assert Path(path).parent == tmp_path
+        mapped.append(1)
+        return from_file(path, **options)
+
+    monkeypatch.setattr(torch, "from_file", spy)
+    network, x = made(CONFIGS["kl"], torch.float32), pictures(CONFIGS["kl"], torch.float32)
+    torch.testing.assert_close(Strips(network, tmp_path).decode(x[:, :1].repeat(1, 4, 1, 1)), Strips(network).decode(
+        x[:, :1].repeat(1, 4, 1, 1)))  # fmt: skip
+    assert mapped
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_strips_pass_through_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "ELEMENTS", 20_000)
+    network = made(CONFIGS["kl"], torch.float32)
+    sizes: list[int] = []
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.register_forward_hook(
+                lambda _m, inputs, output: sizes.append(max(inputs[0].numel(), output.numel()))
+            )
+    tall = torch.zeros(1, 4, 64, 8)
+    Strips(network).decode(tall)
+    most = max(sizes)
+    Strips(network).decode(torch.zeros(1, 4, 256, 8))
+    assert max(sizes) == most < 64 * 8 * 16 * 32
