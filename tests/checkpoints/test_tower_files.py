@@ -128,6 +128,16 @@ def test_transformers_reads_the_tokenizer_files(tmp_path: Path, gone: list[str])
     ]
 
 
+def test_cutting_and_padding_that_a_file_asks_for_are_left_out(tmp_path: Path) -> None:
+    tokenizer = byte_pairs(SMALL, MERGES)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=9)
+    (tmp_path / ALL).write_text(tokenizer.to_str(), encoding="utf-8")
+    read = json.loads(read_clip(tmp_path).tokenizer or "")
+    assert read["truncation"] is None
+    assert read["padding"] is None
+
+
 @pytest.mark.parametrize("gone", [[], [ALL]])
 def test_a_tokenizer_of_its_own_comes_back(tmp_path: Path, gone: list[str]) -> None:
     write_clip(tmp_path, Vocabulary(byte_pairs(SMALL, MERGES).to_str(), 12), 7)

@@ -193,6 +193,21 @@ def test_a_mean_of_nothing_scales_nothing() -> None:
     torch.testing.assert_close(heavy[2] / plain[2], 1.5 * ratio, atol=1e-4, rtol=1e-4)
 
 
+def test_a_context_of_zeros_stays_one() -> None:
+    ours = made(SD1_TEXT)
+    for parameter in ours.towers[0].norm_out.parameters():
+        parameter.zero_()
+    assert not context(ours(["a (red:1.5) cat"])).any()
+
+
+def test_the_refiner_takes_the_second_of_two_learnt_vectors() -> None:
+    ours, second = made(REFINER_TEXT), torch.randn(1, 16)
+    ours.learn("toy", [torch.zeros(1, 8), second])
+    both = context(ours(["a toy"]))
+    ours.learn("toy", [second])
+    assert torch.equal(context(ours(["a toy"])), both)
+
+
 def test_captions_of_training_have_no_emphasis(sd1: ClipConditioner) -> None:
     (told,) = sd1.from_batch({"caption": ["flag (old)"]})
     ids = [list(ids) for ids, _ in sd1._windows(told)]

@@ -125,6 +125,9 @@ def test_all_conditioners_of_a_model_together_numbers_and_pictures_behind_the_te
     assert model.denoiser.bind(told)(torch.randn(1, 3, 8, 8), 1.0).x0.shape == (1, 3, 8, 8)
     again = LatentDiffusion(architecture, model.state())
     again.load_state_dict(model.state_dict())
+    elsewhere = again.to("meta").condition({"text": ["a cat"]}, 1)
+    assert elsewhere.vector is not None
+    assert elsewhere.vector.is_meta
 
 
 def test_a_network_with_a_table_of_classes_is_told_one_number() -> None:
