@@ -1,6 +1,7 @@
 """Randomness as a pure function of integers: a counter (Philox 4x64-10) and one stream per picture."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,13 +33,33 @@ def keyed_normal(shape: Sequence[int], *key: int | str) -> Tensor:
     first, second = halves[0::2], halves[1::2]
     radius = np.sqrt(-2.0 * np.log((first + 1.0) * 2.0**-32))
     angle = second * (2.0 * np.pi * 2.0**-32)
-    normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1).reshape(-1)[:count]
-    return torch.from_numpy(normal.astype(np.float32).reshape(tuple(shape)))
+    normal = np.empty(len(halves), np.float32)
+    np.multiply(radius, np.cos(angle), out=normal[0::2], casting="same_kind")
+    np.multiply(radius, np.sin(angle), out=normal[1::2], casting="same_kind")
+    return torch.from_numpy(normal[:count].reshape(tuple(shape)))
 
 
 def keyed_batch(draws: Sequence[int] | Tensor, shape: Sequence[int], seed: int, purpose: str) -> Tensor:
     """Standard normal `b *shape`, row i a pure function of (seed, purpose, draws[i]) whatever the batch."""
     return torch.stack([keyed_normal(shape, seed, purpose, int(draw)) for draw in draws])
+
+
+OCTAVES = 16
+"""The Brownian path is drawn at sigmas from 2^16 down to 2^-16; above it stands at 0, below at its last value."""
+PER_OCTAVE = 1 << 15
+"""Levels of the path in each octave: a sigma is taken to the nearest, 1e-5 of itself away at most."""
+LEVELS = 2 * OCTAVES * PER_OCTAVE
+
+
+def _level(sigma: float) -> int:
+    """The level of the path nearest to `sigma`."""
+    octave = math.log2(sigma) if sigma > 0 else -math.inf
+    return round((OCTAVES - min(OCTAVES, max(-OCTAVES, octave))) * PER_OCTAVE)
+
+
+def _clock(level: int) -> float:
+    """1 / sigma^2 at a level; 0 at the first."""
+    return 4.0 ** (level / PER_OCTAVE - OCTAVES) if level else 0.0
 
 
 class PictureNoise:
@@ -52,6 +73,7 @@ class PictureNoise:
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
         self.seeds = tuple(int(seed) for seed in seeds)
         self.shape = tuple(shape)
+        self._latest = -1, torch.empty(0)
 
     def initial(self) -> Tensor:
         """Standard normal `b c h w`, float32 on the CPU."""
@@ -61,3 +83,38 @@ class PictureNoise:
     def step(self, step: int, purpose: str = "step") -> Tensor:
         """Standard normal `b c h w` for one sampler step, float32 on the CPU."""
         return torch.stack([keyed_normal(self.shape, seed, purpose, step) for seed in self.seeds])
+
+    def between(self, sigma: float, after: float) -> Tensor:
+        """The increment of each picture's own Brownian path from `sigma` to `after`, over its deviation.
+
+        Standard normal `b c h w`, float32 on the CPU, as `samplers.driver.Noise` says. The path is a tree of Brownian
+        bridges (Levy's construction) over the levels, each node keyed by (seed, level), so that it is the same
+        whatever is asked for first. An interval of no level has noise of its own.
+        """
+        first, last = _level(sigma), _level(after)
+        if first == last:
+            key = ("between", float(sigma).hex(), float(after).hex())
+            return torch.stack([keyed_normal(self.shape, seed, *key) for seed in self.seeds])
+        start = self._path(first)
+        self._latest = last, self._path(last)
+        return (self._latest[1] - start) / math.sqrt(_clock(last) - _clock(first))
+
+    def _path(self, level: int) -> Tensor:
+        """W at a level `b c h w`; the latest one asked for is kept, as the next interval begins there."""
+        if self._latest[0] == level:
+            return self._latest[1]
+        low, high = 0, LEVELS
+        left = torch.zeros(len(self.seeds), *self.shape)
+        right = self.step(LEVELS, "path") * math.sqrt(_clock(LEVELS))
+        while level not in (low, high):
+            middle = (low + high) // 2
+            before, behind = _clock(middle) - _clock(low), _clock(high) - _clock(middle)
+            deviation = math.sqrt(before * behind / (before + behind))
+            bridge = torch.lerp(left, right, before / (before + behind)).add_(
+                self.step(middle, "path"), alpha=deviation
+            )
+            if level < middle:
+                high, right = middle, bridge
+            else:
+                low, left = middle, bridge
+        return left if level == low else right
