@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -16,6 +16,7 @@ from latentkit.checkpoints.archive import Archive
 from latentkit.checkpoints.ldm_names import FIRST_STAGE, UNET
 from latentkit.diffusion.prediction import PREDICTIONS
 from latentkit.errors import InputError
+from latentkit.model.denoiser import PredictionName
 from latentkit.model.latent_diffusion import Architecture
 from latentkit.model.presets import PRESETS
 from latentkit.nets.autoencoder import AutoencoderConfig
@@ -150,9 +151,7 @@ def single_file(archive: Archive, what: str) -> Found:
     said = said_prediction(archive)
     if DESCRIPTION in archive.metadata:
         architecture, state, scale = _described(archive.metadata[DESCRIPTION], what)
-        heads = {"heads": architecture.network.heads, "head_width": architecture.network.head_width}
-        drop = {"dropout": architecture.network.dropout}
-        if _comparable(architecture.network) != _comparable(replace(network, **heads, **drop)):
+        if _comparable(architecture.network) != _comparable(network):
             raise InputError(f"{what}: describes another network than its tensors make")
         if architecture.first_stage != first_stage:
             raise InputError(f"{what}: describes another first stage than its tensors make")
@@ -160,7 +159,7 @@ def single_file(archive: Archive, what: str) -> Found:
     for name, preset in PRESETS.items():
         own = preset.architecture
         if _comparable(own.network) == _comparable(network) and own.first_stage == first_stage:
-            architecture = replace(own, prediction=said or own.prediction)
+            architecture = replace(own, prediction=cast(PredictionName, said or own.prediction))
             return Found(architecture, _scale(archive) or preset.latent_scale, {}, name, said is not None)
     raise InputError(
         f"{what}: holds a U-Net of {network.channels} channels and levels {network.multipliers} with the depth "

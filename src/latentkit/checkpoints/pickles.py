@@ -34,12 +34,27 @@ TYPES = {
     "BoolStorage": torch.bool,
 }
 TOLERATED = (
-    "pytorch_lightning.", "lightning.", "lightning_fabric.", "omegaconf.", "numpy.dtype",
-    "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "typing.Any", "builtins.dict", "builtins.list", "builtins.int", "builtins.float",
-    "builtins.str", "__builtin__.dict", "__builtin__.list", "__builtin__.int", "__builtin__.long",
-    "collections.defaultdict", "_codecs.encode", "torch.Size", "torch.device", "torch.float16", "torch.float32",
+    "pytorch_lightning.",
+    "lightning.",
+    "lightning_fabric.",
+    "omegaconf.",
+    "numpy.dtype",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "typing.Any",
+    "collections.defaultdict",
+    "_codecs.encode",
+    "torch.Size",
+    "torch.device",
+    "torch.float16",
+    "torch.float32",
     "pathlib.PosixPath",
-)  # fmt: skip
+    *(
+        f"{module}.{name}"
+        for module in ("builtins", "__builtin__")
+        for name in ("dict", "list", "int", "float", "long")
+    ),
+)
 """Names, and beginnings of names that end in a dot, of what is left aside."""
 
 

@@ -1,0 +1,233 @@
+"""Whole models in one file, in the layout of CompVis's and Stability's released code, read and written."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from latentkit.checkpoints.archive import Archive, read_archive
+from latentkit.checkpoints.detect import DESCRIPTION, Found, single_file
+from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.ldm_names import EMA, FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
+from latentkit.checkpoints.rename import Complaints, Pair, given, prefixed, taken
+from latentkit.checkpoints.tensors import write_tensors
+from latentkit.checkpoints.tower_names import modern, single_file_pairs, unused
+from latentkit.errors import InputError
+from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
+
+OUR_UNET, OUR_FIRST_STAGE = "denoiser.unet.", "first_stage.autoencoder."
+TEXT_ROOT = "cond_stage_model.transformer."
+IGNORED = {
+    "losses of the first stage": r"first_stage_model\.loss\..*",
+    "buffers of the noise schedule": (
+        r"(low_scale_model\.|noise_augmentor\.)?((sqrt_(one_minus_|recip_|recipm1_)?|log_one_minus_)?alphas_cumprod(_prev)?"
+        r"|betas|sqrt_recipm?1?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])|lvlb_weights|logvar"
+        r"|scale_factor)|denoiser\.(sigmas|log_sigmas)|v_pred|ztsnr|edm_(mean|std)"
+    ),
+    "averaged weights": r"model_ema\..*",
+    "a depth estimator, which is not run": r"depth_model\..*",
+    "a mapper of semantic maps, which is not run": r"cond_stage_model\.channel_mapper\..*",
+    "counters of training": r"(.*\.)?(num_batches_tracked|global_step)",
+}
+"""Tensors that take no part in a picture, by what they are."""
+
+
+class Match(NamedTuple):
+    """A file's tensors set against the model that it seems to hold."""
+
+    found: Found
+    model: LatentDiffusion
+    """Without weights, on the meta device."""
+    state: dict[str, Tensor]
+    complaints: Complaints
+    ignored: dict[str, list[str]]
+    averaged: bool
+    """Whether `state` has the U-Net's averaged weights."""
+
+
+def built(architecture: Architecture, state: dict[str, Any], what: str) -> LatentDiffusion:
+    """The model without weights; InputError where its parts do not fit."""
+    try:
+        with torch.device("meta"), Shapes():
+            return LatentDiffusion(architecture, state)
+    except InputError as error:
+        raise InputError(f"{what}: its architecture cannot be built: {error}") from None
+
+
+def single_pairs(model: LatentDiffusion) -> list[Pair]:
+    """Every parameter of the model beside its released name; InputError for what that layout cannot hold."""
+    architecture = model.architecture
+    if architecture.text is not None:
+        raise InputError(
+            "the CompVis layout holds no text encoder of one's own; only CLIP's towers, the 2021 transformer, classes"
+        )
+    if model.first_stage.autoencoder is None:
+        raise InputError("the CompVis layout holds no diffusion on pixels; this model has no autoencoder")
+    return [
+        *prefixed(unet_pairs(model.denoiser.unet), UNET, OUR_UNET),
+        *prefixed(autoencoder_pairs(model.first_stage.autoencoder), FIRST_STAGE, OUR_FIRST_STAGE),
+        *single_file_pairs(architecture),
+    ]
+
+
+def _averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The U-Net's tensors with their averages in their places, where the file has all of them."""
+    names = {name: EMA + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)}
+    return {name: tensors[average] for name, average in names.items()} if set(names.values()) <= tensors.keys() else {}
+
+
+def match(archive: Archive, what: str, averaged: bool | None = None) -> Match:
+    """What the archive holds, and every tensor of it accounted for.
+
+    `averaged` takes the U-Net's averaged weights; None: as the released code did, for the 2021 models where they are
+    there, and not for Stable Diffusion. Errors: InputError where the kind of model cannot be known.
+    """
+    tensors = {modern(name, TEXT_ROOT): tensor for name, tensor in archive.tensors.items()}
+    found = single_file(archive._replace(tensors=tensors), what)
+    of_2021 = not (found.architecture.clip or "latentkit" in found.name)
+    averages = _averaged(tensors) if (of_2021 if averaged is None else averaged) else {}
+    if averaged and not averages:
+        raise InputError(f"{what}: has no averaged weights, or not all of them")
+    state = dict(found.state)
+    rows = tensors.get("cond_stage_model.embedding.weight")
+    if found.architecture.label and rows is not None and "label" not in state:
+        state["label"] = {"classes": [str(n) for n in range(len(rows) - found.architecture.label.null)]}
+    model = built(found.architecture, state, what)
+    pairs = single_pairs(model)
+    buffers = dict(model.named_buffers())
+    expected = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
+    ours, complaints = taken(pairs, tensors | averages, expected)
+    ignored: dict[str, list[str]] = {}
+    for name in tensors.keys() - {pair.theirs for pair in pairs}:
+        kind = next((kind for kind, pattern in IGNORED.items() if re.fullmatch(pattern, name)), None)
+        if kind is None and unused(name):
+            kind = "parts of a text or image tower that take no part"
+        if kind is None:
+            complaints.unknown.append(name)
+        else:
+            ignored.setdefault(kind, []).append(name)
+    ours |= statistics(model, [0.0], [1 / found.latent_scale])
+    return Match(found, model, ours, complaints, ignored, bool(averages))
+
+
+def statistics(model: LatentDiffusion, mean: Any, std: Any) -> dict[str, Tensor]:
+    """The buffers of a model that was read: mean and deviation of raw latents (one number, or one by channel)."""
+    channels = model.first_stage.latent_channels
+    found = {name: torch.zeros(buffer.shape) for name, buffer in model.named_buffers()}
+    found |= {name: torch.ones(buffer.shape) for name, buffer in model.named_buffers() if name.endswith("std")}
+    found["first_stage.latent_mean"] = torch.tensor(mean, dtype=torch.float32).expand(channels).clone()
+    found["first_stage.latent_std"] = torch.tensor(std, dtype=torch.float32).expand(channels).clone()
+    return found
+
+
+def filled(
+    model: LatentDiffusion, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+) -> LatentDiffusion:
+    """The model with its weights, frozen; what is of the type and on the device already is mapped, never copied."""
+    buffers = dict(model.named_buffers())
+    ready = {
+        name: tensor.to(device, torch.float32 if name in buffers else dtype or tensor.dtype)
+        for name, tensor in state.items()
+    }
+    model.load_state_dict(ready, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def read_single(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    averaged: bool | None = None,
+) -> tuple[LatentDiffusion, Found]:
+    """The model in a .ckpt or .safetensors file of the released code, and what was found; `dtype` None: as stored.
+
+    `averaged`: see `match`. Errors: InputError names every tensor that is missing, left over or wrong.
+    """
+    matched = match(read_archive(Path(path)), str(path), averaged)
+    matched.complaints.refuse(str(path))
+    return filled(matched.model, matched.state, torch.device(device), dtype), matched.found
+
+
+def folded(model: LatentDiffusion, scale: float) -> dict[str, Tensor]:
+    """The autoencoder's outermost convolutions for latents that others multiply with `scale` and shift by nothing.
+
+    Our latents are (raw - mean) / std by channel; theirs are raw times `scale`. So raw latents become
+    (raw - mean) / (std scale), exactly, by changing the last 1x1 convolution of the encoder and the first of the
+    decoder. Empty where there is nothing to change. Errors: InputError for a codebook, whose distances it would change.
+    """
+    stage = model.first_stage
+    mean, std = (part.double().cpu() for part in (stage.latent_mean, stage.latent_std))
+    ratio = std * scale
+    assert stage.autoencoder is not None
+    if torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-6) and not mean.any():
+        return {}
+    if stage.autoencoder.config.codes:
+        raise InputError("latent statistics cannot be folded into an autoencoder with a codebook")
+    to, back = stage.autoencoder.to_moments, stage.autoencoder.from_latent
+    rows = torch.cat([1 / ratio, torch.ones_like(ratio)])
+    shift = torch.cat([-mean / ratio, -2 * ratio.log()])
+    kinds = {
+        "to_moments.weight": to.weight.double().cpu() * rows[:, None, None, None],
+        "to_moments.bias": _bias(to).double().cpu() * rows + shift,
+        "from_latent.weight": back.weight.double().cpu() * ratio[:, None, None],
+        "from_latent.bias": _bias(back).double().cpu() + back.weight.double().cpu()[:, :, 0, 0] @ mean,
+    }
+    return {OUR_FIRST_STAGE + name: tensor.to(to.weight.dtype) for name, tensor in kinds.items()}
+
+
+def _bias(layer: torch.nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias
+
+
+def usual_scale(model: LatentDiffusion) -> float:
+    """The one factor on raw latents that this model has, or Stable Diffusion's where it has statistics by channel."""
+    mean, std = model.first_stage.latent_mean, model.first_stage.latent_std
+    one = not mean.any() and torch.allclose(std, std[:1].expand_as(std), rtol=1e-6)
+    return round(1 / float(std[0]), 7) if one else 0.18215
+
+
+def write_single(
+    path: str | Path, model: LatentDiffusion, title: str, dtype: torch.dtype | None = None, licence: str | None = None
+) -> None:
+    """Write the model in the released layout with ModelSpec metadata; `dtype` None: as it is.
+
+    Errors: InputError names what that layout cannot hold.
+    """
+    pairs = single_pairs(model)
+    architecture = model.architecture
+    scale = usual_scale(model)
+    tensors = given(pairs, model.state_dict() | folded(model, scale))
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if architecture.prediction == "v":
+        tensors["v_pred"] = torch.zeros(0)
+    document = {"architecture": asdict(architecture), "state": model.state(), "latent_scale": scale}
+    height, width = architecture.size
+    metadata = {
+        DESCRIPTION: json.dumps(document, ensure_ascii=False, allow_nan=False),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": spec_name(architecture),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
+        "modelspec.resolution": f"{width}x{height}",
+        "modelspec.prediction_type": {"eps": "epsilon"}.get(architecture.prediction, architecture.prediction),
+    }
+    if licence:
+        metadata["modelspec.license"] = licence
+    write_tensors(Path(path), tensors, metadata)
+
+
+def spec_name(architecture: Architecture) -> str:
+    """ModelSpec's name of the kind of model."""
+    context = architecture.network.context_width
+    kinds = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
+    name = kinds.get(context or 0, "latent-diffusion")
+    if context == 1024 and architecture.prediction == "v":
+        name = "stable-diffusion-v2-768-v"
+    return "stable-diffusion-xl-v1-refiner" if context == 1280 and architecture.numbers else name
