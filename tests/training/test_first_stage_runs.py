@@ -287,3 +287,34 @@ def test_without_a_checkpoint_a_collapse_stops_the_run(tmp_path: Path, monkeypat
     monkeypatch.setattr(trainer, "save", lambda last=False: None)
     with trainer.run, pytest.raises(Collapse, match="no checkpoint is good"):
         trainer.train()
+
+
+STARTED = {"steps": 96, "save_every": 48, "log_every": 10, "kind": "kl"}
+FROM, BACK = 40, 36
+"""The step from which the critic counts, and the steps after it in which the reconstruction has to be back."""
+
+
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 10))])
+def test_the_start_of_the_critic_does_no_lasting_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Ten seeds (eight of them slow): nothing not finite, and the error back within 10 %."""
+    settings = Adversarial(start=FROM, warmup=12, ramp=12, network=CriticConfig(channels=8, layers=1))
+    monkeypatch.setitem(LOSS, "adversarial", settings)
+    trainer = make(tmp_path / "run", objective=lambda net, weights, _: _seeded(net, weights, seed), **STARTED)
+    with trainer.run:
+        trainer.train()
+    assert trainer.skipped == 0
+    assert trainer.objective.attempt == 0
+    errors = {line["step"]: line["autoencoder/l1"] for line in lines(tmp_path / "run") if "autoencoder/l1" in line}
+    assert all(torch.isfinite(value).all() for value in tables(tmp_path / "run").values() if value.is_floating_point())
+    before = sum(errors[step] for step in (FROM - 10, FROM)) / 2
+    after = [errors[step] for step in errors if step > FROM + BACK]
+    assert max(after) < 1.1 * before
+    weights = [value for line in lines(tmp_path / "run") if (value := line.get("autoencoder/adaptive_weight"))]
+    assert min(weights) > 0.001, "it does count"
+
+
+def _seeded(net: Autoencoder, weights: ReconstructionLoss, seed: int) -> AutoencoderObjective:
+    torch.manual_seed(seed)
+    return AutoencoderObjective(Autoencoder(net.config), weights, seed)

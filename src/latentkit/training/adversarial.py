@@ -36,7 +36,7 @@ class Adversarial(BaseModel):
     r1: float = Field(default=0.0, ge=0)
     """Weight of the squared slope of verdicts at real pictures (Mescheder et al. 2018)."""
     network: CriticConfig = CriticConfig()
-    optimiser: Optimiser = Optimiser(lr=2e-4, betas=(0.5, 0.9))
+    optimiser: Optimiser = Optimiser(lr=5e-4, betas=(0.5, 0.9))
 
     def share(self, step: int) -> float:
         """How much of its weight the verdict has at a step, 0 to 1."""

@@ -1,0 +1,137 @@
+"""Training a first stage from a recipe: with its own perceptual network, a critic, from another's weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from latentkit.applications.train import train
+from latentkit.checkpoints.files import load_autoencoder
+from latentkit.errors import InputError
+from latentkit.training.recipe import parse_recipe
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = torch.Generator().manual_seed(2)
+    for number in range(6):
+        pixels = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).resize((24, 16)).save(folder / f"{number}.png")
+    return folder
+
+
+def recipe(pictures: Path, *, loss: dict[str, Any] | None = None, **changes: Any) -> Any:
+    return parse_recipe(
+        {
+            "stage": "autoencoder",
+            "name": "small",
+            "data": {"path": str(pictures), "transform": {"size": 16, "channels": 3, "crop": "random"}},
+            "network": {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": False},
+            "loss": loss or {},
+            "optimiser": {"warmup": 0},
+            "averaging": {"power": []},
+            "schedule": {"steps": 6, "batch": 2, "save_every": 3, "sample_every": 6, "log_every": 2, "device": "cpu"},
+        }
+        | changes
+    )
+
+
+@pytest.fixture(scope="module")
+def plain(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(recipe(pictures), tmp_path_factory.mktemp("runs") / "plain")
+
+
+CRITIC = {"start": 2, "warmup": 1, "ramp": 2, "network": {"channels": 4, "layers": 1}}
+
+
+def test_with_an_own_perceptual_network_and_a_critic(pictures: Path, tmp_path: Path) -> None:
+    loss = {"perceptual": {"steps": 4}, "adversarial": CRITIC}
+    path = train(recipe(pictures, loss=loss, checkpointing=True), tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-2]["autoencoder/perceptual"] > 0
+    assert lines[-2]["critic/loss"] > 0
+    assert len(lines[-1]["validation/latent_std"]) == 4
+    own = [json.loads(line) for line in (tmp_path / "run" / "perceptual" / "metrics.jsonl").read_text().splitlines()]
+    assert own[-1]["step"] == 4
+    assert {name.split(".")[0] for name in load_autoencoder(path).state_dict()} <= {
+        "autoencoder", "latent_mean", "latent_std"
+    }, "no critic in the model"  # fmt: skip
+    before = path.read_bytes()
+    assert train(recipe(pictures, loss=loss, checkpointing=True), tmp_path / "run").read_bytes() == before
+
+
+def test_a_decoder_alone_goes_on_from_another_run(pictures: Path, plain: Path, tmp_path: Path) -> None:
+    """Also from a run's folder; the encoder keeps every bit, so that cached latents stay what they were."""
+    asked = recipe(
+        pictures, start=str(plain.parent), frozen_encoder=True, loss={"adversarial": CRITIC}, averaging={"power": []}
+    )
+    old, new = (load_autoencoder(path).state_dict() for path in (plain, train(asked, tmp_path / "run")))
+    for name, value in old.items():
+        encoder = name.startswith(("autoencoder.encoder", "autoencoder.to_moments"))
+        if encoder:
+            assert torch.equal(new[name], value)
+    assert not torch.equal(new["autoencoder.decoder.conv_out.weight"], old["autoencoder.decoder.conv_out.weight"])
+
+
+def test_what_does_not_fit_is_refused(pictures: Path, plain: Path, tmp_path: Path) -> None:
+    network = {"channels": 8, "multipliers": [1, 1], "blocks": 1, "attention": False}
+    for asked, message in (
+        (recipe(pictures, start=str(plain), network=network), r"holds an autoencoder of .*multipliers=\(1, 2\)"),
+        (recipe(pictures, start="nothing.safetensors"), "nothing.safetensors"),
+        (recipe(pictures, loss={"adversarial": {"start": 2}}), "at least 24 px a side; the smallest here are 16"),
+    ):
+        with pytest.raises(InputError, match=message):
+            train(asked, tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frozen_encoder": True}, "needs an autoencoder to start from"),
+        ({"loss": {"perceptual": {"network": "vgg16", "weights": "a"}}}, "vgg16 takes both weights and heads"),
+        ({"loss": {"perceptual": {"heads": "a"}}}, "own takes no weights and heads"),
+    ],
+)
+def test_recipes_that_contradict_themselves_are_refused(pictures: Path, changes: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        recipe(pictures, **changes)
+
+
+def test_known_weights_are_read_from_files(pictures: Path, tmp_path: Path) -> None:
+    """Both as torch and as safetensors files; what is wrong with one is named."""
+    from safetensors.torch import save_file
+
+    from latentkit.nets.perceptual import Trunk
+    from latentkit.training.perceptual import Perceptual, read_distance, read_tensors
+
+    trunk = Trunk("alexnet")
+    places = (0, 3, 6, 8, 10)
+    weights = {
+        f"features.{place}.{kind}": getattr(trunk.stages[i][0], kind).detach()
+        for i, place in enumerate(places)
+        for kind in ("weight", "bias")
+    }
+    heads = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(trunk.widths)}
+    torch.save(weights, tmp_path / "alexnet.pth")
+    save_file(heads, tmp_path / "heads.safetensors")
+    settings = Perceptual(
+        network="alexnet", weights=str(tmp_path / "alexnet.pth"), heads=str(tmp_path / "heads.safetensors")
+    )
+    distance = read_distance(settings)
+    assert torch.equal(distance.heads[4], heads["lin4.model.1.weight"].flatten())
+    a, b = torch.rand(2, 1, 32, 40), torch.rand(2, 1, 32, 40)
+    assert (distance(a, b) > 0).all()
+    assert float(distance(a, a).sum()) == 0
+    with pytest.raises(InputError, match="no file"):
+        read_tensors(tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("not weights")
+    with pytest.raises(InputError, match=r"text\.pth cannot be read as weights"):
+        read_tensors(tmp_path / "text.pth")
+    torch.save({"a": 3}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="something other than named tensors"):
+        read_tensors(tmp_path / "other.pth")
