@@ -17,7 +17,10 @@ _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 class Prompt(NamedTuple):
-    """A prompt, and how many more of the text tower's last blocks to leave out than the model does (clip skip)."""
+    """A prompt, and how many more of the text tower's last blocks to leave out than the model does (clip skip).
+
+    This is diffusers' count; AUTOMATIC1111's begins at 1.
+    """
 
     text: str
     skip: int = 0
