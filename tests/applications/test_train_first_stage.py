@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 from latentkit.applications.train import train
+from latentkit.applications.train_diffusion import encoder_digest
 from latentkit.checkpoints.files import load_autoencoder
 from latentkit.errors import InputError
+from latentkit.nets.autoencoder import Autoencoder
 from latentkit.training.recipe import parse_recipe
 
 
@@ -75,6 +77,18 @@ def test_a_decoder_alone_goes_on_from_another_run(pictures: Path, plain: Path, t
         if encoder:
             assert torch.equal(new[name], value)
     assert not torch.equal(new["autoencoder.decoder.conv_out.weight"], old["autoencoder.decoder.conv_out.weight"])
+    digests = [encoder_digest(_network(path)) for path in (plain, tmp_path / "run" / "model.safetensors")]
+    assert digests[0] == digests[1]
+    other = _network(plain)
+    with torch.no_grad():
+        other.to_moments.bias[0] += 1e-3
+    assert encoder_digest(other) != digests[0]
+
+
+def _network(path: Path) -> Autoencoder:
+    found = load_autoencoder(path).autoencoder
+    assert found is not None
+    return found
 
 
 def test_what_does_not_fit_is_refused(pictures: Path, plain: Path, tmp_path: Path) -> None:

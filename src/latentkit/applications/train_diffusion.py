@@ -1,5 +1,6 @@
 """Training a second stage from a recipe: latents cached once, then the U-Net and its conditioners."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from latentkit import __version__
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data, write_sheet
-from latentkit.checkpoints.files import digest, find, load_autoencoder, save_model
+from latentkit.checkpoints.files import find, load_autoencoder, save_model
 from latentkit.data.dataset import Pictures
 from latentkit.data.latents import LatentCache, cache_folder, open_latents
 from latentkit.data.loader import Batch, Loader, Samples, collate
@@ -20,6 +21,7 @@ from latentkit.errors import InputError
 from latentkit.model.conditioners.text import TextConditioner, train_tokenizer
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
+from latentkit.nets.autoencoder import Autoencoder
 from latentkit.training import distributed
 from latentkit.training.diffusion import DiffusionObjective
 from latentkit.training.progress import say
@@ -109,11 +111,21 @@ def _say_cut(model: LatentDiffusion, source: Source) -> None:
 
 
 def _first_stage(recipe: DiffusionRecipe) -> tuple[FirstStage | None, str]:
-    """The trained first stage and its digest; None for the identity."""
+    """The trained first stage and its encoder's digest; None for the identity."""
     if recipe.first_stage == IDENTITY:
         return None, IDENTITY
-    path = find(recipe.first_stage)
-    return load_autoencoder(path), digest(path)
+    first_stage = load_autoencoder(find(recipe.first_stage))
+    return first_stage, IDENTITY if first_stage.autoencoder is None else encoder_digest(first_stage.autoencoder)
+
+
+def encoder_digest(autoencoder: Autoencoder) -> str:
+    """sha256 of what latents depend on: shape and encoder, so that a decoder trained further leaves them valid."""
+    found = hashlib.sha256(repr(autoencoder.config).encode())
+    for name, value in autoencoder.state_dict().items():
+        if name.startswith(("encoder.", "to_moments.")):
+            found.update(name.encode())
+            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def multiple(recipe: DiffusionRecipe, cell: int) -> int:
