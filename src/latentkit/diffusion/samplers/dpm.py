@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from latentkit.diffusion.samplers.driver import SamplerEntry, Walk
+from latentkit.diffusion.samplers.euler import ETA
 from latentkit.diffusion.samplers.quadrature import exponential, half
-
-FEW = 15
-"""Below this many steps the order falls towards the end, as the peers' does."""
 
 
 def multistep(walk: Walk, x: Tensor, order: int, midpoint: bool, eta: float = 0.0) -> Tensor:
@@ -20,9 +18,8 @@ def multistep(walk: Walk, x: Tensor, order: int, midpoint: bool, eta: float = 0.
     Source: Lu et al. 2022 b, algorithms 2 and 3 and appendix B.5.
     """
     x, x0 = walk.estimate(x)
-    sigma, after, most = walk.sigma, walk.after, order - 1
-    order = min(order, len(walk.past) + 1, walk.left if len(walk.sigmas) <= FEW else 9)
-    known = [(x0, sigma), *reversed(walk.past)][: order if after else 1]
+    sigma, after = walk.sigma, walk.after
+    known = [(x0, sigma), *reversed(walk.past)][: walk.order(order) if after else 1]
     rate, ratio = 1 + eta, after / sigma
     walk_on = ratio**rate
     if len(known) == 1:
@@ -37,7 +34,7 @@ def multistep(walk: Walk, x: Tensor, order: int, midpoint: bool, eta: float = 0.
         out = torch.mul(x, walk_on, out=walk.spare(x, x0))
         for (value, _), weight in zip(known, weights):
             out.add_(value, alpha=weight)
-    walk.remember(x0, most)
+    walk.remember(x0, order - 1)
     if eta and after:
         out.add_(walk.between(sigma, after), alpha=after * math.sqrt(-math.expm1(2 * eta * math.log(ratio))))
     return out
@@ -52,5 +49,43 @@ SAMPLERS = {
         "DPM-Solver++(2M), Lu et al. 2022 b, algorithm 2",
         "10 to 25 steps of nearly every model",
         ("DPM++ 2M", "dpmpp_2m", "DPMSolverMultistepScheduler", "EDMDPMSolverMultistepScheduler"),
+    ),
+    "dpm++3m": SamplerEntry(
+        partial(multistep, order=3, midpoint=True),
+        3,
+        1,
+        False,
+        "DPM-Solver++(3M), Lu et al. 2022 b, appendix B, with the whole weight of the second derivative",
+        "10 to 25 steps without or with weak guidance",
+    ),
+    "dpm++2m_sde": SamplerEntry(
+        partial(multistep, order=2, midpoint=True, eta=1.0),
+        2,
+        1,
+        True,
+        "SDE-DPM-Solver++(2M), Lu et al. 2022 b; Brownian noise",
+        "the best pictures of latent models, 20 to 40 steps",
+        ("DPM++ 2M SDE", "dpmpp_2m_sde", "dpmpp_2m_sde_gpu"),
+        ETA,
+    ),
+    "dpm++2m_sde_heun": SamplerEntry(
+        partial(multistep, order=2, midpoint=False, eta=1.0),
+        2,
+        1,
+        True,
+        "dpm++2m_sde with the slope's exact integral (k-diffusion)",
+        "the best pictures of latent models, 20 to 40 steps",
+        ("DPM++ 2M SDE Heun", "dpmpp_2m_sde_heun", "dpmpp_2m_sde_heun_gpu"),
+        ETA,
+    ),
+    "dpm++3m_sde": SamplerEntry(
+        partial(multistep, order=3, midpoint=True, eta=1.0),
+        3,
+        1,
+        True,
+        "dpm++2m_sde of third order (k-diffusion), with the whole weight of the second derivative",
+        "the best pictures of latent models, from 30 steps on",
+        ("DPM++ 3M SDE", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu"),
+        ETA,
     ),
 }

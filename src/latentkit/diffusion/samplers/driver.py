@@ -20,6 +20,9 @@ from latentkit.diffusion.schedule import SIGMA_CAP
 from latentkit.diffusion.spacing import ALIASES, SPACINGS
 from latentkit.errors import InputError, close
 
+FEW = 15
+"""With fewer steps than this the order of some multistep rules falls towards a last sigma of 0, as the peers' does."""
+
 
 class Denoised(NamedTuple):
     """A denoiser's answer `b c h w`, float like x.
@@ -144,14 +147,23 @@ class Walk:
         self._pool.append(torch.empty_like(self._x, memory_format=torch.contiguous_format, requires_grad=False))
         return self._pool[-1]
 
+    def order(self, most: int) -> int:
+        """The order of a multistep rule of at most `most`: what the past allows; with few steps it falls at the end."""
+        return min(most, len(self.past) + 1, self.left if len(self.sigmas) <= FEW else most)
+
     def remember(self, value: Tensor, most: int) -> None:
         """Put `value`, which belongs to `sigma`, into `past`, and keep the newest `most`."""
-        self.past = [*self.past, (value, self.sigma)][-most:] if most else []
+        self.past.append((value, self.sigma))
+        self.forget(most)
 
-    def mix(self, x: Tensor, x0: Tensor, kept: float, up: float = 0.0) -> Tensor:
+    def forget(self, most: int) -> None:
+        """Keep the newest `most` of `past`."""
+        del self.past[: max(0, len(self.past) - most)]
+
+    def mix(self, x: Tensor, x0: Tensor, kept: float, up: float = 0.0, purpose: str = "step") -> Tensor:
         """kept x + (1 - kept) x0 + up noise, in a spare latent."""
         mixed = torch.lerp(x0, x, kept, out=self.spare(x, x0))
-        return mixed.add_(self.fresh(), alpha=up) if up else mixed
+        return mixed.add_(self.fresh(purpose), alpha=up) if up else mixed
 
     def fresh(self, purpose: str = "step") -> Tensor:
         """The noise of this interval."""
@@ -263,9 +275,10 @@ def _check(entry: SamplerEntry, options: Mapping[str, Any], name: str) -> None:
 
 def table() -> dict[str, SamplerEntry]:
     """Every sampler by its name."""
-    from latentkit.diffusion.samplers import dpm, euler, heun
+    from latentkit.diffusion.samplers import adams, dpm, euler, heun, langevin, singlestep, unipc
 
-    return {**euler.SAMPLERS, **heun.SAMPLERS, **dpm.SAMPLERS}
+    families = (euler, heun, adams, dpm, singlestep, unipc, langevin)
+    return {name: entry for family in families for name, entry in family.SAMPLERS.items()}
 
 
 def sampler(name: str) -> SamplerEntry:

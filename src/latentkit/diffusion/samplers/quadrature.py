@@ -59,3 +59,11 @@ def polynomial(sigmas: Sequence[float], start: float, after: float) -> list[floa
     """Weights of the noise at `sigmas` in x' = x + sum_j w_j noise_j: polynomial in sigma (Adams-Bashforth, LMS)."""
     width = after - start
     return _solve([(sigma - start) / width for sigma in sigmas], [width / (k + 1) for k in range(len(sigmas))])
+
+
+ADAMS = ((1,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+
+def fixed(order: int, start: float, after: float) -> list[float]:
+    """Weights of the noise in x' = x + sum_j w_j noise_j, as if all steps were equal (Adams-Bashforth)."""
+    return [(after - start) * weight for weight in ADAMS[order - 1]]
