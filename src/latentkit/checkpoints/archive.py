@@ -1,6 +1,7 @@
 """A file of tensors in any form that other programs write: safetensors, or a pickle by `torch.save`."""
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,7 +77,9 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
             whole = [folder / f"{stem}{f'.{variant}' if variant else ''}{ending}"]
             index = [folder / f"{stem}{ending}.index{f'.{variant}' if variant else ''}.json"]
             if variant is None:
-                whole += sorted(p for p in folder.glob(f"{stem}.*{ending}") if p.name.count(".") == 2)
+                whole += sorted(
+                    p for p in folder.glob(f"{stem}.*{ending}") if re.fullmatch(r"[^.]+\.[^.-]+\.[^.]+", p.name)
+                )
                 index += sorted(folder.glob(f"{stem}{ending}.index.*.json"))
             for path in whole:
                 if path.is_file():

@@ -125,9 +125,23 @@ def compute_type(stored: torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
-    """The model called `name` (see `find`), ready to generate, on `device` (a GPU where there is one)."""
+    """The model called `name` (see `find`), ready to generate, on `device` (a GPU where there is one).
+
+    Files and folders of other programs are read too (see `layouts.py`).
+    """
+    from latentkit.checkpoints import layouts  # it reads our own files with what is here
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    foreign = Path(name)
+    if str(name) not in shipped() and foreign.exists() and layouts.layout_of(foreign) != "latentkit":
+        network, provenance, _ = layouts.open_model(foreign)
+        for parameter in network.parameters():
+            parameter.data = parameter.data.to(device, dtype or compute_type(parameter.dtype, device))
+        for buffer in network.buffers():
+            buffer.data = buffer.data.to(device)
+        return Model(network, provenance, foreign.stem, layouts.digest_of(foreign))
     path = find(name)
-    network, provenance = load_model(path, device or ("cuda" if torch.cuda.is_available() else "cpu"), dtype)
+    network, provenance = load_model(path, device, dtype)
     stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
     return Model(network, provenance, stem, digest(path))
 

@@ -1,0 +1,329 @@
+"""Whole models as a diffusers folder, read and written: U-Net, autoencoder, CLIP towers, tokenizers, scheduler."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from latentkit.checkpoints import diffusers_names, tower_names
+from latentkit.checkpoints.archive import read_json, read_part
+from latentkit.checkpoints.diffusers_configs import (
+    VERSION,
+    Statistics,
+    autoencoder_config,
+    autoencoder_json,
+    unet_config,
+    unet_json,
+)
+from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE, OUR_UNET, built, filled, folded, statistics, usual_scale
+from latentkit.checkpoints.rename import Complaints, Pair, given, prefixed, taken
+from latentkit.checkpoints.tensors import write_json, write_tensors
+from latentkit.checkpoints.tower_configs import image_config, image_json, text_config, text_json
+from latentkit.checkpoints.vocabulary import Vocabulary, read_clip, write_clip
+from latentkit.diffusion.schedule import NoiseSchedule
+from latentkit.errors import InputError
+from latentkit.model.conditioners.clip import ClipConfig
+from latentkit.model.conditioners.image import ImageConfig
+from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS, NumbersConfig
+from latentkit.model.denoiser import PredictionName
+from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
+from latentkit.nets.unet import UNetConfig
+
+INDEX = "model_index.json"
+PARTS = {
+    "unet": ("UNet2DConditionModel", "UNet2DModel"),
+    "vae": ("AutoencoderKL", "VQModel"),
+    "vqvae": ("AutoencoderKL", "VQModel"),
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "image_encoder": ("CLIPVisionModelWithProjection",),
+    "image_normalizer": ("StableUnCLIPImageNormalizer",),
+}
+"""Parts that are run, and the classes that they may have."""
+LEFT = {
+    "safety_checker", "feature_extractor", "image_processor", "watermarker", "watermark", "depth_estimator",
+    "image_noising_scheduler", "low_res_scheduler", "scheduler",
+}  # fmt: skip
+"""Parts of any class: they are left aside, or read as numbers."""
+LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
+SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is one that diffusers wrote."""
+    return (path / INDEX).is_file()
+
+
+def read_folder(
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+) -> LatentDiffusion:
+    """The model in a diffusers folder; `dtype` None: as stored. Only its CLIP towers and tokenizers are understood.
+
+    Errors: InputError names parts, fields and tensors that cannot be run, are missing or left over.
+    """
+    model, state, complaints = match_folder(Path(path), variant)
+    complaints.refuse(str(path))
+    return filled(model, state, torch.device(device), dtype)
+
+
+def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusion, dict[str, Tensor], Complaints]:
+    """The model without weights, its weights, and what does not fit."""
+    index = read_json(path / INDEX)
+    kinds = _parts(path, index)
+    unet_json_ = read_json(path / "unet" / "config.json") | {"_class_name": kinds["unet"]}
+    network, place = unet_config(str(path / "unet" / "config.json"), unet_json_)
+    coder = "vqvae" if "vqvae" in kinds else "vae"
+    coder_json = read_json(path / coder / "config.json") | {"_class_name": kinds[coder]}
+    first_stage, scaling = autoencoder_config(str(path / coder / "config.json"), coder_json)
+    towers, state = _towers(path, kinds)
+    cells = unet_json_.get("sample_size") or 64
+    cells = cells if isinstance(cells, int) else cells[0]
+    size = cells * first_stage.downsampling
+    schedule, prediction = _schedule(path / "scheduler" / "scheduler_config.json")
+    absent = "zero" if index.get("force_zeros_for_empty_prompt") and len(towers) > 1 else "empty"
+    clip = ClipConfig(tuple(towers), absent=absent) if towers else None  # type: ignore[arg-type]
+    image = None
+    if "image_encoder" in kinds:
+        tower = image_config(str(path), read_json(path / "image_encoder" / "config.json"))
+        image = ImageConfig(tower, slot="vector" if network.vector_width else "context")
+    architecture = Architecture(
+        network=network,
+        first_stage=first_stage,
+        picture_channels=first_stage.picture_channels,
+        concat_channels=network.channels_in - first_stage.latent_channels,
+        size=(size, size),
+        schedule=schedule,
+        prediction=prediction,
+        clip=clip,
+        numbers=_numbers(network, place, clip, unet_json_.get("addition_time_embed_dim"), size),
+        image=image,
+    )
+    _affordable(path, architecture)
+    model = built(architecture, {"text": {"tokenizer": state}} if clip else {}, str(path))
+    return _matched(path, model, place, coder, scaling, variant)
+
+
+def _affordable(path: Path, architecture: Architecture) -> None:
+    """Refuse configs that ask for absurdly many blocks before any is built."""
+    network, towers = architecture.network, architecture.towers()
+    blocks = [network.blocks * (1 + depth) for depth in network.depth] + [network.middle_depth]
+    blocks += [tower.layers for tower in towers]
+    if architecture.first_stage:
+        blocks.append(architecture.first_stage.blocks * len(architecture.first_stage.multipliers))
+    if sum(blocks) > 2000:
+        raise InputError(f"{path}: its configs ask for {sum(blocks)} blocks; at most 2000 are built")
+
+
+def _matched(
+    path: Path, model: LatentDiffusion, place: str, coder: str, scaling: Statistics, variant: str | None
+) -> tuple[LatentDiffusion, dict[str, Tensor], Complaints]:
+    complaints = Complaints()
+    state = statistics(model, scaling.mean, scaling.std)
+    expected = model.state_dict()
+    for folder, pairs in _pairs(model, place, coder).items():
+        tensors = {_modern(folder, name): tensor for name, tensor in read_part(path / folder, variant).items()}
+        own = {name: expected[name] for pair in pairs for name in pair.ours}
+        ours, wrong = taken(pairs, tensors, own)
+        left = tensors.keys() - {pair.theirs for pair in pairs}
+        wrong.unknown += [name for name in left if not re.fullmatch(r"(.*\.)?position_ids", name)]
+        for kind in Complaints.WORDS:
+            setattr(wrong, kind, [f"{folder}/{name}" for name in getattr(wrong, kind)])
+        complaints.extend(wrong)
+        state |= ours
+    return model, state, complaints
+
+
+def _modern(folder: str, name: str) -> str:
+    if folder.startswith("text_encoder"):
+        return tower_names.modern(name)
+    return diffusers_names.modern(name) if folder in ("vae", "vqvae") else name
+
+
+def _pairs(model: LatentDiffusion, place: str, coder: str = "vae") -> dict[str, list[Pair]]:
+    """Every parameter beside its name, by sub-folder; InputError for what the layout cannot hold."""
+    if model.first_stage.autoencoder is None:
+        raise InputError("the diffusers layout holds no diffusion on pixels; this model has no autoencoder")
+    return {
+        "unet": prefixed(diffusers_names.unet_pairs(model.denoiser.unet, place), "", OUR_UNET),
+        coder: prefixed(diffusers_names.autoencoder_pairs(model.first_stage.autoencoder), "", OUR_FIRST_STAGE),
+        **tower_names.folder_pairs(model.architecture),
+    }
+
+
+def _parts(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The class of each part that is run; InputError names foreign ones. No class is looked up."""
+    kinds: dict[str, str] = {}
+    for name, entry in index.items():
+        if name.startswith("_") or not isinstance(entry, list) or entry == [None, None]:
+            continue
+        if name in LEFT:
+            continue
+        if len(entry) != 2 or entry[0] not in LIBRARIES or name not in PARTS or entry[1] not in PARTS[name]:
+            known = ", ".join(PARTS.get(name, ())) or "none of that name"
+            raise InputError(f"{path / INDEX}: part {name!r} is of {str(entry)[:80]}; known are {known}")
+        kinds[name] = entry[1]
+    for name in ("unet", "vae"):
+        if name not in kinds and not (name == "vae" and "vqvae" in kinds):
+            raise InputError(f"{path / INDEX}: names no {name}; only latent diffusion with a U-Net is read")
+    return kinds
+
+
+def _towers(path: Path, kinds: Mapping[str, str]) -> tuple[list[Any], str | None]:
+    """The text towers, and their tokenizer's JSON text."""
+    towers, texts = [], []
+    for end in ("", "_2"):
+        if f"text_encoder{end}" not in kinds:
+            continue
+        vocabulary = read_clip(path / f"tokenizer{end}") if f"tokenizer{end}" in kinds else Vocabulary(None, None)
+        file = path / f"text_encoder{end}" / "config.json"
+        values = read_json(file) | {"architectures": [kinds[f"text_encoder{end}"]]}
+        towers.append(text_config(str(file), values, pad=vocabulary.pad, penultimate="text_encoder_2" in kinds))
+        texts.append(vocabulary.tokenizer)
+    if len(set(texts)) > 1:
+        raise InputError(f"{path}: its two tokenizers have different vocabularies; they must have one")
+    return towers, texts[0] if texts else None
+
+
+def _numbers(network: UNetConfig, place: str, clip: ClipConfig | None, width: Any, size: int) -> NumbersConfig | None:
+    """What the network is told in numbers, from the width that the rest of its vector leaves."""
+    if network.classes:
+        return UPSCALER_NUMBERS
+    if place != "add_embedding" or not network.vector_width or not isinstance(width, int) or width < 1:
+        return None
+    count = (network.vector_width - (clip.vector_width if clip else 0)) // width
+    if count not in (5, 6):
+        raise InputError(f"the U-Net's vector has room for {count} numbers of width {width}; 6 (XL) or 5 (refiner)")
+    return NumbersConfig((size, size, 0, 0, size, size) if count == 6 else (size, size, 0, 0, 6), width=width)
+
+
+def _schedule(path: Path) -> tuple[NoiseSchedule, PredictionName]:
+    values = read_json(path)
+    kind = SCHEDULES.get(values.get("beta_schedule", "linear"))
+    prediction = PREDICTIONS.get(values.get("prediction_type", "epsilon"))
+    if kind is None or prediction is None:
+        raise InputError(
+            f"{path}: beta_schedule is {values.get('beta_schedule')!r} and prediction_type "
+            f"{values.get('prediction_type')!r}; known are {', '.join(SCHEDULES)} and {', '.join(PREDICTIONS)}"
+        )
+    steps = values.get("num_train_timesteps", 1000)
+    if type(steps) is not int or not 0 < steps <= 100_000 or values.get("trained_betas") is not None:
+        raise InputError(f"{path}: num_train_timesteps is {steps!r}, or betas are listed; neither is read")
+    schedule = NoiseSchedule(
+        kind=cast(Any, kind),
+        beta_start=float(values.get("beta_start", 0.0001)),
+        beta_end=float(values.get("beta_end", 0.02)),
+        steps=steps,
+        zero_terminal=bool(values.get("rescale_betas_zero_snr", False)),
+    )
+    return schedule, cast(PredictionName, prediction)
+
+
+def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
+    """Write the model as a diffusers folder with every file that its pipelines ask for; `dtype` None: as it is.
+
+    Errors: InputError names what that layout cannot hold, before anything is written.
+    """
+    root, architecture = Path(path), model.architecture
+    place = "class_embedding" if architecture.image and architecture.image.slot == "vector" else "add_embedding"
+    coder = "vqvae" if architecture.network.plain_attention else "vae"
+    assert architecture.first_stage is not None or _pairs(model, place)
+    scale = usual_scale(model)
+    changed = model.state_dict() | folded(model, scale)
+    stage = architecture.first_stage
+    assert stage is not None
+    cells = architecture.size[0] // stage.downsampling
+    wave = architecture.numbers.width if architecture.numbers and architecture.numbers.width else 256
+    configs: dict[str, dict[str, Any]] = {
+        "unet": unet_json(architecture.network, cells, place, wave),
+        coder: autoencoder_json(stage, architecture.size[0], scale),
+        "scheduler": _scheduler_json(architecture),
+    }
+    pairs = _pairs(model, place, coder)
+    towers = architecture.clip.towers if architecture.clip else ()
+    ends = ["" if tower.projection is None else "_2" for tower in towers]
+    for end, tower in zip(ends, towers):
+        configs[f"text_encoder{end}"] = text_json(tower)
+    if architecture.image:
+        configs["image_encoder"] = image_json(architecture.image.tower)
+    if root.exists() and any(root.iterdir()):
+        raise InputError(f"{root} is not empty and is not overwritten; name another folder", exit_code=2)
+    for folder, fields in configs.items():
+        name = "scheduler_config.json" if folder == "scheduler" else "config.json"
+        write_json(root / folder / name, fields)
+    for folder, named in pairs.items():
+        tensors = given(named, changed)
+        if dtype is not None:
+            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+        stem = "diffusion_pytorch_model" if folder in ("unet", coder, "image_normalizer") else "model"
+        write_tensors(root / folder / f"{stem}.safetensors", tensors, {"format": "pt"})
+    for end, tower in zip(ends, towers):
+        text = model.state()["text"]["tokenizer"]
+        write_clip(root / f"tokenizer{end}", Vocabulary(text, tower.pad), tower.length)
+    write_json(root / INDEX, _index(architecture, configs, [f"tokenizer{end}" for end in ends]))
+
+
+def _scheduler_json(architecture: Architecture) -> dict[str, Any]:
+    schedule = architecture.schedule
+    kinds = {ours: theirs for theirs, ours in SCHEDULES.items()}
+    predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
+    if schedule.kind not in kinds or architecture.prediction not in predictions:
+        raise InputError(
+            f"the diffusers layout of this family holds no schedule {schedule.kind!r} with the prediction "
+            f"{architecture.prediction!r}; only {', '.join(kinds)} with {', '.join(predictions)}"
+        )
+    return {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": VERSION,
+        "beta_schedule": kinds[schedule.kind],
+        "beta_start": schedule.beta_start,
+        "beta_end": schedule.beta_end,
+        "clip_sample": False,
+        "num_train_timesteps": schedule.steps,
+        "prediction_type": predictions[architecture.prediction],
+        "rescale_betas_zero_snr": schedule.zero_terminal,
+        "set_alpha_to_one": False,
+        "skip_prk_steps": True,
+        "steps_offset": 1,
+        "timestep_spacing": "trailing" if schedule.zero_terminal else "leading",
+    }
+
+
+def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: list[str]) -> dict[str, Any]:
+    clip, concat = architecture.clip, architecture.concat_channels
+    xl = clip is not None and clip.vector_width > 0
+    if clip is None:
+        kind = "LDMPipeline"
+    elif architecture.network.classes:
+        kind = "StableDiffusionUpscalePipeline"
+    elif architecture.image:
+        kind = "StableUnCLIPImg2ImgPipeline"
+    elif xl and len(clip.towers) == 1:
+        kind = "StableDiffusionXLImg2ImgPipeline"
+    else:
+        task = {5: "Inpaint", 1: "Depth2Img"}.get(concat, "")
+        kind = f"StableDiffusion{'XL' if xl else ''}{task}Pipeline"
+    index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": VERSION}
+    classes = {"scheduler": "DDIMScheduler"}
+    for name, fields in configs.items():
+        towers = "text_encoder" in name or name == "image_encoder"
+        classes[name] = fields["architectures"][0] if towers else fields["_class_name"]
+        index[name] = ["transformers" if towers else "diffusers", classes[name]]
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
+    if xl and clip is not None:
+        index["force_zeros_for_empty_prompt"] = clip.absent == "zero"
+        if len(clip.towers) == 1:
+            index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
+        index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
+    elif clip is not None and kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
+        index["requires_safety_checker"] = False
+    return index
