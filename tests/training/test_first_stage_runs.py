@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import socket
@@ -266,9 +267,24 @@ def test_a_run_killed_after_it_went_back_ends_with_the_same_bytes(
     assert digest(tmp_path / "run") == digest(folder)
 
 
+class Endless(AutoencoderObjective):
+    """Its critic's loss is not finite from a step on, in the first attempt."""
+
+    def loss(self, turn: str, batch: dict[str, Any], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, logs = super().loss(turn, batch, shared)
+        return (loss * math.inf if turn == "critic" and batch["step"] >= 22 and not self.attempt else loss), logs
+
+
+def test_losses_that_stay_infinite_are_a_collapse_too(tmp_path: Path) -> None:
+    trainer = train(tmp_path / "run", objective=Endless, **LONG)
+    (back,) = [line for line in lines(tmp_path / "run") if "attempt" in line]
+    assert (back["back_from"], back["step"]) == (32, 20), "nothing is saved while steps are skipped"
+    assert trainer.skipped == 0, "what was given up is not counted"
+
+
 def test_after_two_returns_it_stops_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Breaking, "times", 3)
-    with pytest.raises(Collapse, match=r"fell from .* dB.*stopped at step \d+: 2 attempts .* ended like this"):
+    with pytest.raises(Collapse, match=r"fell from .* dB.*Stopped at step \d+: 2 attempts .* ended like this"):
         train(tmp_path / "run", objective=Breaking, **LONG)
     steps = [int(entry.name[5:]) for entry in (tmp_path / "run" / "checkpoints").iterdir()]
     assert max(steps) == 25, "no checkpoint of a broken attempt is kept"

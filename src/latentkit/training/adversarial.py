@@ -96,7 +96,7 @@ class Adversary:
             real, penalty = slope_penalty(self.critic, pixels)
             real, fake = exact(real), exact(self.critic(shared["decoded"]))
         else:
-            real, fake = exact(self.critic(torch.cat([pixels, shared["decoded"]]))).split(count)
+            real, fake = exact(self.critic(torch.cat([pixels, shared["decoded"]]))).chunk(2)
             penalty = real.new_zeros(())
         loss = LOSSES[settings.loss](real, fake) + settings.r1 * penalty
         if settings.lecam and "anchor_real" in shared:

@@ -23,7 +23,7 @@ def watch(psnr: Tensor, shared: dict[str, Tensor], counts: bool) -> None:
     before = torch.maximum(now, shared.get("psnr_before", now) - FORGOTTEN)
     shared["psnr_now"], shared["psnr_before"] = now, before
     if counts and float(before - now) > COLLAPSED:
-        raise Collapse(f"the reconstruction fell from {float(before):.1f} to {float(now):.1f} dB within a few steps")
+        raise Collapse(f"the reconstruction fell from {float(before):.1f} to {float(now):.1f} dB within a few steps.")
 
 
 def doubtful(shared: dict[str, Tensor]) -> bool:

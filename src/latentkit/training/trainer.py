@@ -255,12 +255,14 @@ class Trainer:
         return any(self._active(turn, self.step) and not self._active(turn, self.step - 1) for turn in self.turns)
 
     def _doubtful(self) -> bool:
-        return hasattr(self.objective, "doubtful") and self.objective.doubtful(self.shared)
+        """Whether the present weights are not worth returning to."""
+        known = getattr(self.objective, "doubtful", None)
+        return known is not None and (self.skipped_in_a_row > 0 or known(self.shared))
 
     def _return(self, error: Exception) -> None:
         """Go back to the newest good checkpoint with the number of attempts raised, or raise the error."""
         tried = getattr(self.objective, "attempt", None)
-        if tried is None:
+        if tried is None or len(self.turns) == 1:
             raise error
         store = self.run.store
         step = distributed.largest(_newest_good(store) if self.world.main else -1)
@@ -268,9 +270,9 @@ class Trainer:
             why = (
                 f"{tried} attempts from an earlier checkpoint ended like this" if step >= 0 else "no checkpoint is good"
             )
-            raise type(error)(f"{error}; stopped at step {self.step}: {why}. {self._advice()}") from error
+            raise type(error)(f"{error} Stopped at step {self.step}: {why}. {self._advice()}") from error
         if self.world.main:
-            warn(f"{error}, at step {self.step}: going back to step {step}, attempt {tried + 1} of {MOST_ATTEMPTS}")
+            warn(f"{error} Step {self.step}: going back to step {step}, attempt {tried + 1} of {MOST_ATTEMPTS}")
         left, checkpoint = self.step, store.read(step)
         distributed.barrier()  # every process has read it
         if self.world.main:
