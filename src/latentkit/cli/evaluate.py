@@ -45,3 +45,43 @@ def likelihood(
         typer.echo(writer.dumps(described))
     else:
         typer.echo("\n".join(lines(found)))
+
+
+@app.command("first-stage")
+def first_stage(
+    data: Annotated[Path, typer.Argument(help="Folder of pictures, or a .tar shard.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="A shipped model, a model file or a run folder.")
+    ] = "emoji",
+    count: Annotated[int, typer.Option("-n", min=0, help="Pictures, evenly taken; 0 is all.")] = 0,
+    lpips: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="TRUNK HEADS", help="Weights of VGG16 or AlexNet, and of LPIPS's layers for it."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
+) -> None:
+    """Measure how well a first stage gives pictures back, each at its own size.
+
+    Do I need to train my own? Compare this on your pictures, of a model that you have and of one that you trained.
+    """
+    import logging
+
+    from latentkit.data.source import open_source
+    from latentkit.evaluation.first_stage import evaluate, lines, open_distance, open_first_stage
+
+    shown = logging.getLogger("latentkit").isEnabledFor(logging.INFO)
+    distance = open_distance(*lpips) if lpips else None
+    opened = open_first_stage(model)
+    source = open_source(data, shown)
+    if distance is not None:
+        distance = distance.to(opened.first_stage.latent_mean.device)
+    found = evaluate(
+        opened.first_stage, source, count=count or None, background=opened.background, lpips=distance, shown=shown
+    )
+    if json:
+        import json as writer
+
+        described = {"model": opened.name, "digest": opened.digest, "data": source.fingerprint, **found.document()}
+        typer.echo(writer.dumps(described))
+    else:
+        typer.echo("\n".join(lines(found)))

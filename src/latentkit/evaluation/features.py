@@ -5,6 +5,7 @@ with figures of the same `NETWORK`, so that name goes with each of them.
 """
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ def _seen(picture: Tensor, projection: Tensor) -> Tensor:
     return torch.einsum("oc,chw->ohw", projection, x[0])
 
 
+@cache
 def _projection(channels: int) -> Tensor:
     """Three mixtures of `channels`, `3 c`: themselves for RGB, three copies of gray, else fixed random ones."""
     if channels == 3:
@@ -62,6 +64,7 @@ def _projection(channels: int) -> Tensor:
     return F.normalize(mixtures, dim=1)
 
 
+@cache
 def _weights() -> list[Tensor]:
     """The filters of each convolution, `o i 3 3`, scaled so that the size of activations stays (He et al. 2015)."""
     shapes = zip(WIDTHS, (3, *WIDTHS), strict=False)
