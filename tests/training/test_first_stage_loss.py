@@ -313,3 +313,19 @@ def test_frozen_encoders_have_no_gradient_and_no_place_in_the_turn() -> None:
     assert all(parameter.grad is None for parameter in net.encoder.parameters())
     assert "kl" not in logs
     assert F.mse_loss(net.decoder.conv_out.weight.grad, torch.zeros_like(net.decoder.conv_out.weight)) > 0
+
+
+def test_in_bf16_the_perceptual_part_and_the_adaptive_weight_stay_in_float32() -> None:
+    made = objective(network(codes=7), perceptual=True, adversarial=Adversarial(start=0, network=CRITIC))
+    assert made.perceptual is not None
+    types: list[torch.dtype] = []
+    made.perceptual.trunk.register_forward_hook(lambda module, inputs, found: types.append(found[-1].dtype))
+    made.autoencoder.encoder.middle.register_forward_hook(lambda module, inputs, found: types.append(found.dtype))
+    shared: dict[str, Tensor] = {}
+    for turn in made.turns():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, _ = made.loss(turn, batch(height=16, width=16), shared)
+        loss.backward()
+        assert loss.dtype == torch.float32
+    assert types == [torch.bfloat16, torch.float32, torch.float32]
+    assert shared["slope_verdict"].dtype == shared["slope_difference"].dtype == torch.float32

@@ -27,7 +27,7 @@ from latentkit.training.collapse import Collapse
 from latentkit.training.ema import Averaging
 from latentkit.training.optimizers import Optimiser
 from latentkit.training.run_folder import RunFolder
-from latentkit.training.trainer import Schedule, Trainer
+from latentkit.training.trainer import Callback, Schedule, Trainer
 
 LOSS = {
     "equivariance": 0.25,
@@ -251,9 +251,16 @@ def test_a_collapsed_run_goes_back_and_tries_again(returned: tuple[Path, Trainer
 def test_a_run_killed_after_it_went_back_ends_with_the_same_bytes(
     returned: tuple[Path, Trainer], tmp_path: Path
 ) -> None:
+    """Also where a signal had made it save the broken weights: they are not what it goes on from."""
     folder, _ = returned
     trainer = make(tmp_path / "run", objective=Breaking, **LONG)
     settle = trainer.objective.settle
+
+    def signalled(step: int, trainer: Trainer) -> None:
+        if step == 38 and trainer.objective.attempt == 0:
+            trainer.save(last=True)
+
+    trainer.callbacks = (Callback(1, signalled),)
 
     def mortal(turn: str, step: int, sums: Any, shared: Any) -> Any:
         if trainer.objective.attempt and step == 33:
@@ -263,6 +270,7 @@ def test_a_run_killed_after_it_went_back_ends_with_the_same_bytes(
     trainer.objective.settle = mortal
     with trainer.run, pytest.raises(Kill):
         trainer.train()
+    assert trainer.run.store.steps() == [25, 30]
     train(tmp_path / "run", objective=Breaking, **LONG)
     assert digest(tmp_path / "run") == digest(folder)
 
