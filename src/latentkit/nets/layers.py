@@ -40,11 +40,12 @@ def normalised(
     """`norm`, then scale and shift of `modulation` (`b c` each, scale around 0), then SiLU: `b c h w -> b c h w`."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if bf16_on_cpu(x) and channels_last:
-        weight, bias = (part.float().expand(len(x), -1) for part in (norm.weight, norm.bias))
+        weight, bias = norm.weight.float()[None], norm.bias.float()[None]
         if modulation is not None:
             scale, shift = (part.float() for part in modulation)
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
-        return _ChannelsLastNorm.apply(x, weight, bias, norm.num_groups, norm.eps, silu)
+        weight, bias = (part.expand(len(x), -1).unflatten(1, (norm.num_groups, -1)) for part in (weight, bias))
+        return _ChannelsLastNorm.apply(x, weight, bias, norm.eps, silu)
     h = norm(x)
     if modulation is not None:
         scale, shift = (part[:, :, None, None] for part in modulation)
@@ -53,70 +54,82 @@ def normalised(
 
 
 class _ChannelsLastNorm(torch.autograd.Function):
-    """GroupNorm, with SiLU if asked for, of a channels-last bfloat16 `b c h w` on a CPU; weight and bias float32 `b c`.
+    """GroupNorm, with SiLU if asked for, of a channels-last bfloat16 `b c h w` on a CPU; weight and bias `b g c/g`.
 
-    torch's own kernel takes two to ten times as long there. This computes in float32, some pictures at a time, and
-    once more on the way back, so that only the input is kept. (Functions can be made in no other way than by class.)
+    torch's own kernel takes two to ten times as long there. This computes in float32, some pictures or pixels at a
+    time, and once more on the way back, so that only the input is kept. (Functions can be made in no other way than by
+    class.)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
         """(x - mean) / std * weight + bias, mean and std of a group's channels and pixels (Wu & He 2018)."""
-        y, mean, rate = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        count = x[0, 0].numel()
-        for x_, y_, weight_, bias_, mean_, rate_ in _rows(x, y, weight, bias, mean, rate):
-            total, squares = torch.zeros_like(mean_), torch.zeros_like(mean_)
+        y, statistics = torch.empty_like(x), []
+        for x_, y_, weight_, bias_ in _rows(x, y, weight, bias):
+            sums = []
             for (part,) in _pieces(x_):
                 pixels = part.float()
-                total += pixels.sum(1)
-                squares += (pixels * pixels).sum(1)
-            mean_.copy_(_group_mean(total / count, groups))
-            variance = _group_mean(squares / count, groups) - mean_ * mean_
-            torch.rsqrt(variance.clamp_min_(0).add_(eps), out=rate_)
-            scale = rate_ * weight_
-            shift = bias_ - mean_ * scale
+                sums.append(torch.stack([pixels.sum(1), (pixels * pixels).sum(1)]))
+            mean, square = _group_means(_total(sums), weight_, x_)
+            rate = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).add_(eps).rsqrt_()
+            scale = rate * weight_
+            shift = torch.addcmul(bias_, mean, scale, value=-1).flatten(1)[:, None]
+            scale = scale.flatten(1)[:, None]
             for part, written in _pieces(x_, y_):
                 pixels = pixels if part.shape == x_.shape else part.float()
-                z = torch.addcmul(shift[:, None], pixels, scale[:, None], out=pixels)
+                z = torch.addcmul(shift, pixels, scale, out=pixels)
                 written.copy_(F.silu(z, inplace=True) if silu else z)
-        ctx.save_for_backward(x, weight, bias, mean, rate)
-        ctx.groups, ctx.silu = groups, silu
+            statistics.append(torch.stack([mean, rate]))
+        ctx.save_for_backward(x, weight, bias, *statistics)
+        ctx.silu = silu
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients by x, weight and bias."""
-        x, weight, *statistics = ctx.saved_tensors
+        x, weight, bias, *statistics = ctx.saved_tensors
         by_x, by_weight, by_bias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
-        count = x[0, 0].numel()
 
         def of_part(part: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
             """Pixels and the gradient by what went into SiLU, float32."""
             pixels, slope = part.float(), slope.float()
             if ctx.silu:
-                z = torch.addcmul(shift[:, None], pixels, scale[:, None])
+                z = torch.addcmul(shift, pixels, scale)
                 torch.ops.aten.silu_backward.grad_input(slope, z, grad_input=slope)
             return pixels, slope
 
-        tables = weight, *statistics, by_weight, by_bias
-        for x_, slope_, by_x_, weight_, bias_, mean, rate, by_weight_, by_bias_ in _rows(x, gradient, by_x, *tables):
+        rows = _rows(x, gradient, by_x, weight, bias, by_weight, by_bias)
+        for (x_, slope_, by_x_, weight_, bias_, by_weight_, by_bias_), (mean, rate) in zip(rows, statistics):
             scale = rate * weight_
-            shift = bias_ - mean * scale
-            level, tilt = torch.zeros_like(mean), torch.zeros_like(mean)
+            shift = torch.addcmul(bias_, mean, scale, value=-1).flatten(1)[:, None]
+            scale = scale.flatten(1)[:, None]
+            sums = []
             for part, slope in _pieces(x_, slope_):
                 pixels, slope = of_part(part, slope)
-                level += slope.sum(1)
-                tilt += (slope * pixels).sum(1)
-            a, b = (_group_mean(total * weight_ / count, ctx.groups) for total in (level, tilt))
+                sums.append(torch.stack([slope.sum(1), (slope * pixels).sum(1)]))
+            total = _total(sums)
+            level, tilt = total.unflatten(2, weight_.shape[1:])
+            a, b = _group_means(total * weight_.flatten(1), weight_, x_)
             linear = (a * mean - b) * rate**3
             constant = -linear * mean - a * rate
+            linear, constant = (part.expand_as(weight_).flatten(1)[:, None] for part in (linear, constant))
             for part, given, written in _pieces(x_, slope_, by_x_):
                 pixels, slope = (pixels, slope) if part.shape == x_.shape else of_part(part, given)
-                pixels = torch.addcmul(constant[:, None], pixels, linear[:, None], out=pixels)
-                written.copy_(pixels.addcmul_(slope, scale[:, None]))
+                pixels = torch.addcmul(constant, pixels, linear, out=pixels)
+                written.copy_(pixels.addcmul_(slope, scale))
             torch.mul(tilt - level * mean, rate, out=by_weight_)
             by_bias_.copy_(level)
-        return by_x, by_weight, by_bias, None, None, None
+        return by_x, by_weight, by_bias, None, None
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _group_means(sums: Tensor, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sums over pixels, `2 b c`, as means over pixels and channels of each group, `b g 1` each."""
+    first, second = sums.unflatten(2, table.shape[1:]).mean(3, keepdim=True).div_(x.shape[1])
+    return first, second
 
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -130,12 +143,6 @@ def _pieces(*tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some pixels of each `b n c` at a time, for the same reason; all of them where they are few."""
     pixels = max(1, PORTION // (tables[0].shape[0] * tables[0].shape[2]))
     return zip(*(table.split(pixels, 1) for table in tables), strict=True)
-
-
-def _group_mean(values: Tensor, groups: int) -> Tensor:
-    """The mean over the channels of each group, at each of them: `b c -> b c`."""
-    grouped = values.unflatten(1, (groups, -1))
-    return grouped.mean(2, keepdim=True).expand_as(grouped).flatten(1)
 
 
 class ResidualBlock(nn.Module):
