@@ -171,7 +171,10 @@ def test_only_bfloat16_on_a_cpu_is_laid_out_anew() -> None:
     assert not layers.laid_out(x.bfloat16().to("meta")).is_contiguous(memory_format=torch.channels_last)
 
 
-def test_feed_forward_without_gradients_is_that_with_them() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_feed_forward_without_gradients_is_that_with_them(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
+        monkeypatch.setattr(attention, "FUSED", None)
     module, x = attention.FeedForward(32).bfloat16(), random(2, 7, 32).bfloat16()
     exact = attention.FeedForward(32).double()
     exact.load_state_dict(module.state_dict())
