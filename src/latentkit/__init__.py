@@ -8,12 +8,12 @@ for event in latentkit.generate(model, latentkit.TextToImage(prompt="red heart",
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from latentkit.applications.attachment import Attachment, Guide
     from latentkit.applications.generate import Progress, Result, draw, generate, replay
     from latentkit.applications.request import (
-        Attachment,
         ClassToImage,
-        Guide,
         ImageToImage,
+        Inpainting,
         Request,
         TextToImage,
         Unconditional,
@@ -25,11 +25,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "latentkit.applications.generate": ("Progress", "Result", "draw", "generate", "replay"),
+    "latentkit.applications.attachment": ("Attachment", "Guide"),
     "latentkit.applications.request": (
-        "Attachment",
         "ClassToImage",
-        "Guide",
         "ImageToImage",
+        "Inpainting",
         "Request",
         "TextToImage",
         "Unconditional",
@@ -51,6 +51,7 @@ __all__ = [  # noqa: RUF022
     "ClassToImage",
     "Unconditional",
     "ImageToImage",
+    "Inpainting",
     "Attachment",
     "Guide",
     "InputError",

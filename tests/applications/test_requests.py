@@ -147,7 +147,7 @@ def test_wrong_suggestions_of_a_model_file_are_named() -> None:
 
 
 def test_a_huge_file_is_not_read(picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("latentkit.applications.request.MAX_PICTURE_BYTES", 10)
+    monkeypatch.setattr("latentkit.applications.attachment.MAX_PICTURE_BYTES", 10)
     with pytest.raises(InputError, match="is larger than"):
         Attachment.read(picture)
 

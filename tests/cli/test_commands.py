@@ -182,6 +182,18 @@ def test_replay_of_image_to_image_asks_for_the_very_picture(run: Run, capsys: py
     assert run("replay", "out/cat-1.png", *M, "--init", "a.png") == 0
 
 
+def test_inpainting_and_its_replay(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.png").write_bytes(to_png(torch.zeros(3, 32, 32)))
+    Path("m.png").write_bytes(to_png(torch.linspace(-1, 1, 32).sign().expand(1, 32, 32)))
+    assert run("generate", "cat", *M, "--seed", "1", "--init", "a.png", "--mask", "m.png") == 0
+    assert run("replay", "out/cat-1.png", *M, "--init", "a.png") == 2
+    assert "drawn from a mask picture (whose pixels have the sha256" in capsys.readouterr().err
+    assert run("replay", "out/cat-1.png", *M, "--init", "a.png", "--mask", "m.png") == 0
+    assert run("generate", "dog", *M, "--seed", "1", "--init", "a.png", "--extend", "8,0,0,0", "--no-paste") == 0
+    request = read(Path("out/dog-1.png").read_bytes(), "x").request
+    assert (request.width, request.extend, request.paste) == (40, (8, 0, 0, 0), False)
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -196,6 +208,7 @@ def test_replay_of_image_to_image_asks_for_the_very_picture(run: Run, capsys: py
         (["generate", "x", *M, "--also", "y:1000"], 2, "also.0.1: must be at most 100"),
         (["generate", "x", *M, "--guidance-model", "tiny.safetensor"], 2, "did you mean 'tiny.safetensors'"),
         (["generate", "x", *M, "--init", "none.png"], 2, "none.png: cannot be read"),
+        (["generate", "x", *M, "--extend", "8,8"], 2, "not LEFT,TOP,RIGHT,BOTTOM"),
         (["generate", "x", *M, "-o", "tiny.safetensors"], 2, "pictures cannot go to tiny.safetensors"),
         (["generate", "x", "-m", "broken.safetensors"], 1, "truncated"),
         (["replay", "none.png", *M], 2, "none.png: cannot be read"),

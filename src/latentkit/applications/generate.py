@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.applications import image_to_image
+from latentkit.applications import image_to_image, inpaint
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import OPTIONS, Request, ask, known, resolve, told
@@ -24,10 +24,11 @@ APPLICATIONS: dict[str, Prepare] = {
     "class-to-image": from_noise,
     "unconditional": from_noise,
     "image-to-image": image_to_image.prepare,
+    "inpainting": inpaint.prepare,
 }
 CELLS_AT_ONCE = 1 << 14
 """Latent cells of one batch: 32 pictures of 16x16 cells (at most), 4 of 64x64, one of 128x128."""
-OWN = ("prompt", "label", "negative", "seed", "init")
+OWN = ("prompt", "label", "negative", "seed", "init", "mask")
 """Fields in which the pictures of one batch may differ."""
 
 

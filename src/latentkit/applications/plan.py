@@ -4,14 +4,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from latentkit.applications.request import Guide, Request, known
+from latentkit.applications.attachment import Guide
+from latentkit.applications.request import Request, known
+from latentkit.data.pictures import resize
 from latentkit.diffusion import guidance
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import Denoise
 from latentkit.diffusion.spacing import space
-from latentkit.model.conditioning import Conditioning
+from latentkit.model.conditioning import Conditioning, merge
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 
@@ -34,25 +37,54 @@ def sigmas_of(network: LatentDiffusion, request: Request) -> np.ndarray:
     return space(known(request.spacing), made.schedule, known(request.steps), made.searched)
 
 
-def guided(network: LatentDiffusion, requests: Sequence[Request]) -> Denoise:
-    """The model told what the requests say, and guided as the first of them asks; made for one run."""
+def encoded(network: LatentDiffusion, pictures: Tensor) -> Tensor:
+    """The latents of pictures `b c h w`, one at a time, so that a batch equals its singles."""
+    return torch.cat([network.first_stage.encode(one[None]) for one in pictures])
+
+
+def covered(x: Tensor, height: int, width: int, *, alpha: bool = False) -> Tensor:
+    """A picture `c h w` scaled to cover `height` x `width` pixels and cut to them about the middle."""
+    scale = max(height / x.shape[1], width / x.shape[2])
+    scaled = (max(height, round(x.shape[1] * scale)), max(width, round(x.shape[2] * scale)))
+    return middle(resize(x, *scaled, alpha=alpha), height, width)
+
+
+def middle(x: Tensor, height: int, width: int) -> Tensor:
+    """The `height` x `width` pixels about the middle of `c h w`."""
+    top, left = (x.shape[1] - height) // 2, (x.shape[2] - width) // 2
+    return x[:, top : top + height, left : left + width]
+
+
+def last_part(network: LatentDiffusion, request: Request) -> np.ndarray:
+    """The noise levels of the share of the path that `strength` names."""
+    sigmas = sigmas_of(network, request)
+    steps = len(sigmas) - 1
+    return sigmas[steps - max(1, round(steps * known(request.strength))) :]
+
+
+def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Conditioning | None = None) -> Denoise:
+    """The model told what the requests say, and guided as the first of them asks; made for one run.
+
+    `beside` is what it is told beside words, whatever it is guided by: rows of its concat slot.
+    """
     first, count = requests[0], len(requests)
+    always = beside or Conditioning()
     asked = _told(network, requests)
-    told = [network.condition(asked, count)]
+    told = [merge([network.condition(asked, count), always])]
     for words, _ in first.also or ():
         name = "text" if "text" in network.conditioners else "label"
-        told.append(network.condition({**asked, name: [words] * count}, count))
+        told.append(merge([network.condition({**asked, name: [words] * count}, count), always]))
     alone = network.denoiser.bind(told[0])
     steered = first.guidance_scale != 1 or first.guidance_kind == "cfg++"
     pair = guidance.itself(alone)
     if first.also or (steered and first.guidance_model is None):
         weights = (1.0, *(weight for _, weight in first.also or ()))
-        joint = network.denoiser.bind(Conditioning.cat([_absent(network, requests), *told]))
+        joint = network.denoiser.bind(Conditioning.cat([merge([_absent(network, requests), always]), *told]))
         pair = guidance.together(joint, weights)
     if first.also:
         alone = guidance.positive(pair)
     if first.guidance_model is not None:
-        pair = guidance.apart(_weaker(first.guidance_model, asked, count), alone)
+        pair = guidance.apart(_weaker(first.guidance_model, asked, count, always), alone)
     denoise = alone
     if steered or first.pag_scale:
         interval = known(first.guidance_low), known(first.guidance_high)
@@ -93,11 +125,12 @@ def _filled(network: LatentDiffusion, name: str, values: list[Any]) -> list[Any]
     return [other if value is None else value for value, other in zip(values, nothing)]
 
 
-def _weaker(guide: Guide, asked: dict[str, list[Any]], count: int) -> Denoise:
+def _weaker(guide: Guide, asked: dict[str, list[Any]], count: int, always: Conditioning) -> Denoise:
     """The guidance model told the same, as far as it understands."""
     network = known(guide.model).network
     understood = {name: values for name, values in asked.items() if name in network.conditioners}
-    return network.denoiser.bind(network.condition(understood, count))
+    beside = Conditioning(concat=always.concat if network.architecture.concat_channels else None)
+    return network.denoiser.bind(merge([network.condition(understood, count), beside]))
 
 
 def from_noise(network: LatentDiffusion, requests: Sequence[Request], noise: PictureNoise) -> Plan:

@@ -1,10 +1,6 @@
 """Request: one job of drawing or editing, filled alike by the command line, Python and every later front door."""
 
-import hashlib
-import re
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -15,22 +11,20 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
-    PlainValidator,
     StringConstraints,
     ValidationError,
 )
 
-from latentkit.checkpoints.files import Model, invalid, load
-from latentkit.data.pictures import Picture, decode
+from latentkit.applications.attachment import Attached, Attachment, Guide, Guiding
+from latentkit.checkpoints.files import invalid
 from latentkit.diffusion.samplers.driver import split_name, table
 from latentkit.diffusion.spacing import space
 from latentkit.errors import InputError
-from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 
 T = TypeVar("T")
-Task = Literal["text-to-image", "class-to-image", "unconditional", "image-to-image"]
-NEEDS = {"text-to-image": "prompt", "class-to-image": "label", "image-to-image": "init"}
+Task = Literal["text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting"]
+NEEDS = {"text-to-image": "prompt", "class-to-image": "label", "image-to-image": "init", "inpainting": "init"}
 FALLBACK = {
     "sampler": "dpm++2m",
     "spacing": "uniform",
@@ -40,73 +34,16 @@ FALLBACK = {
     "guidance_high": 1e9,
 }
 """Sampling settings of a model whose file names none."""
+PICTURES = ("init", "mask")
+"""Fields that hold a picture."""
 OPTIONS = ("eta", "churn")
 """Fields that go to the sampler as they are."""
-STRENGTH = 0.6
+STRENGTH = {"image-to-image": 0.6, "inpainting": 1.0}
+"""Of tasks that start from a picture, where none is asked for."""
+LARGER = 4
+"""Times the pixels that a model was trained at, up to which inpainting takes a picture's own size."""
 CFG_PLUS_SCALE = 0.6
 """Guidance scale of CFG++, whose scales end at 1, where none is asked for (Chung et al. 2024)."""
-MAX_PICTURE_BYTES = 1 << 28
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """A picture that belongs to a request: the sha256 of its pixels, and the picture where it is at hand.
-
-    Only the digest is ever written into a file or read from one.
-    """
-
-    digest: str
-    picture: Picture | None = field(default=None, compare=False, repr=False)
-
-    @staticmethod
-    def read(path: str | Path) -> "Attachment":
-        """The picture in a file; InputError where it cannot be used."""
-        try:
-            if Path(path).stat().st_size > MAX_PICTURE_BYTES:
-                raise InputError(f"{path}: is larger than {MAX_PICTURE_BYTES >> 20} MB")
-            picture = decode(Path(path).read_bytes(), str(path))
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
-        array = picture.array
-        content = hashlib.sha256(f"{array.shape}{array.dtype}{picture.has_alpha}".encode() + array.tobytes())
-        return Attachment(content.hexdigest(), picture)
-
-
-@dataclass(frozen=True)
-class Guide:
-    """A weaker model that guidance leads away from: the sha256 of its file, and the model where it is at hand.
-
-    Only the digest is ever written into a file or read from one.
-    """
-
-    digest: str
-    model: Model | None = field(default=None, compare=False, repr=False)
-
-    @staticmethod
-    def read(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Guide":
-        """The model called `name` (see `load`); InputError where it cannot be used."""
-        model = load(name, device, dtype)
-        return Guide(model.digest, model)
-
-
-def _by_digest(kind: type[T], how: str) -> Callable[[Any], T]:
-    """What takes a value of `kind`, or makes one of its digest; `how` says what else was to be given."""
-
-    def taken(value: Any) -> T:
-        if isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value):
-            return kind(value)  # type: ignore[call-arg]
-        if isinstance(value, kind):
-            return value
-        raise ValueError(how)
-
-    return taken
-
-
-_DIGEST = PlainSerializer(lambda value: value.digest)
-Attached = Annotated[
-    Attachment, PlainValidator(_by_digest(Attachment, "a picture is given as Attachment.read(path)")), _DIGEST
-]
-Guiding = Annotated[Guide, PlainValidator(_by_digest(Guide, "a model is given as Guide.read(path)")), _DIGEST]
 
 
 def _pairs(value: Any) -> Any:
@@ -119,6 +56,10 @@ def _pairs(value: Any) -> Any:
 Words = Annotated[str, StringConstraints(max_length=2_000)]
 Weight = Annotated[float, Field(ge=-100, le=100)]
 Weighted = Annotated[tuple[tuple[Words, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=8)]
+
+
+Side = Annotated[int, Field(ge=0, le=8192)]
+Sides = Annotated[tuple[Side, Side, Side, Side], BeforeValidator(_pairs)]
 
 
 class Request(BaseModel):
@@ -162,9 +103,15 @@ class Request(BaseModel):
     churn: float | None = Field(default=None, ge=0)
     """Temporary noise, of samplers that take it."""
     init: Attached | None = None
-    """The picture that image-to-image starts from."""
+    """The picture that image-to-image and inpainting start from."""
     strength: float | None = Field(default=None, gt=0, le=1)
-    """Share of the path that image-to-image does again."""
+    """Share of the path that is done again from the init picture."""
+    mask: Attached | None = None
+    """What inpainting repaints of the init picture: white (1) is repainted, black (0) is kept."""
+    extend: Sides | None = None
+    """Pixels that inpainting adds to the init picture at its left, top, right and bottom, instead of a mask."""
+    paste: bool | None = None
+    """The kept pixels are the init picture's own; without, they have passed the first stage."""
 
 
 def ask(**fields: Any) -> Request:
@@ -182,8 +129,22 @@ Unconditional = partial(ask, task="unconditional")
 
 def ImageToImage(init: str | Path | Attachment, **fields: Any) -> Request:
     """A request that starts from a picture (a file, or an `Attachment`)."""
-    attached = init if isinstance(init, Attachment) else Attachment.read(init)
-    return ask(task="image-to-image", init=attached, **fields)
+    return ask(task="image-to-image", init=_attached(init), **fields)
+
+
+def Inpainting(
+    init: str | Path | Attachment,
+    mask: str | Path | Attachment | None = None,
+    extend: tuple[int, int, int, int] | None = None,
+    **fields: Any,
+) -> Request:
+    """A request that repaints what is white in `mask`, or adds pixels at the left, top, right and bottom."""
+    given = {"mask": None if mask is None else _attached(mask), "extend": extend}
+    return ask(task="inpainting", init=_attached(init), **given, **fields)
+
+
+def _attached(picture: str | Path | Attachment) -> Attachment:
+    return picture if isinstance(picture, Attachment) else Attachment.read(picture)
 
 
 def told(network: LatentDiffusion, words: str | None) -> dict[str, str | None]:
@@ -204,8 +165,10 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
     open_fields = {**FALLBACK, "height": height, "width": width, "seed": secrets.randbelow(2**32)}
     open_fields |= {name: suggested[name] for name in FALLBACK if name in suggested}
     open_fields["task"] = request.task or _task(request)
-    if request.init is not None:
-        open_fields["strength"] = STRENGTH
+    if open_fields["task"] in STRENGTH:
+        open_fields["strength"] = STRENGTH[open_fields["task"]]
+    if open_fields["task"] == "inpainting":
+        open_fields |= {"paste": True, **_own_size(request, network)}
     if not network.conditioners and request.guidance_model is None:
         open_fields["guidance_scale"] = 1.0
     if request.guidance_kind == "cfg++":
@@ -227,7 +190,30 @@ def _names(sampler: str, spacing: str | None) -> dict[str, str]:
     return {"sampler": name} if implied is None else {"sampler": name, "spacing": implied}
 
 
+def canvas_size(request: Request) -> tuple[int, int]:
+    """Height and width of the init picture with what is added at its sides."""
+    height, width = known(known(request.init).picture).array.shape[:2]
+    left, top, right, bottom = request.extend or (0, 0, 0, 0)
+    return height + top + bottom, width + left + right
+
+
+def _own_size(request: Request, network: LatentDiffusion) -> dict[str, int]:
+    """The init picture's own size, less the pixels that do not make a whole latent."""
+    if request.init is None or request.init.picture is None or (request.height and request.width):
+        return {}
+    (height, width), (usual, wide), step = canvas_size(request), network.architecture.size, network.multiple
+    if height * width > LARGER * usual * wide:
+        raise InputError(
+            f"the picture to inpaint has {width}x{height} pixels, far more than the {wide}x{usual} that this model was "
+            "trained at; say at which size to draw (--size)",
+            exit_code=2,
+        )
+    return {"height": max(step, height // step * step), "width": max(step, width // step * step)}
+
+
 def _task(request: Request) -> Task:
+    if request.mask is not None or request.extend is not None:
+        return "inpainting"
     for task in ("image-to-image", "text-to-image", "class-to-image"):
         if getattr(request, NEEDS[task]) is not None:
             return task
@@ -238,17 +224,11 @@ def _check(request: Request, network: LatentDiffusion) -> None:
     """Every rule that one field alone does not show."""
     needed = NEEDS.get(str(request.task))
     if needed and getattr(request, needed) is None:
-        raise InputError(f"{request.task} needs a {needed}; none was given", exit_code=2)
-    if request.init is not None and request.init.picture is None:
-        missing = f"the init picture whose pixels have the sha256 {request.init.digest[:16]}..."
-        raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+        article = "an" if needed == "init" else "a"
+        raise InputError(f"{request.task} needs {article} {needed}; none was given", exit_code=2)
     if request.task == "unconditional" and (request.prompt or request.label):
         raise InputError("unconditional drawing takes neither prompt nor label; leave them out", exit_code=2)
-    if request.task != "image-to-image" and request.init:
-        raise InputError(f"{request.task} takes no init picture; use image-to-image", exit_code=2)
-    if request.task != "image-to-image" and request.strength:
-        got = f"strength {request.strength} says how much of an init picture is drawn again, and none is given"
-        raise InputError(f"{got}; give one (--init PICTURE)", exit_code=2)
+    _check_pictures(request, network)
     takes = {"text": ("prompt", "negative"), "label": ("label",)}
     for conditioner, fields in takes.items():
         given = [name for name in fields if getattr(request, name)]
@@ -271,6 +251,60 @@ def _check(request: Request, network: LatentDiffusion) -> None:
             )
     space(known(request.spacing), network.architecture.schedule, known(request.steps), network.architecture.searched)
     network.latent_shape(known(request.height), known(request.width))
+
+
+def _check_pictures(request: Request, network: LatentDiffusion) -> None:
+    """Every rule of the pictures that a request starts from."""
+    for name in PICTURES:
+        attached = getattr(request, name)
+        if attached is not None and attached.picture is None:
+            missing = f"the {name} picture whose pixels have the sha256 {attached.digest[:16]}..."
+            raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+    if request.task not in STRENGTH and request.init:
+        raise InputError(f"{request.task} takes no init picture; use image-to-image", exit_code=2)
+    if request.task not in STRENGTH and request.strength:
+        got = f"strength {request.strength} says how much of an init picture is drawn again, and none is given"
+        raise InputError(f"{got}; give one (--init PICTURE)", exit_code=2)
+    if request.task == "inpainting":
+        _check_inpainting(request)
+    else:
+        for name in ("mask", "extend", "paste"):
+            if getattr(request, name) is not None:
+                raise InputError(f"{request.task} takes no {name}; inpainting does", exit_code=2)
+    slot = fills(network.architecture)
+    if slot == "mask" and request.task != "inpainting":
+        raise InputError(
+            "this model draws only what a mask leaves open of a picture: give --init PICTURE and --mask PICTURE",
+            exit_code=2,
+        )
+
+
+def _check_inpainting(request: Request) -> None:
+    """There is a mask for the init picture, or something is added to it."""
+    if (request.mask is None) == (request.extend is None):
+        got = "none" if request.mask is None else "both"
+        raise InputError(
+            f"inpainting needs a mask (white is repainted) or the pixels to add at each side; {got} of them is given",
+            exit_code=2,
+        )
+    if request.extend is not None and not any(request.extend):
+        raise InputError("extend adds no pixel at any side; give left, top, right and bottom", exit_code=2)
+    if request.mask is not None:
+        height, width = canvas_size(request)
+        rows, columns = known(request.mask.picture).array.shape[:2]
+        if (rows, columns) != (height, width):
+            raise InputError(
+                f"the mask has {columns}x{rows} pixels and the init picture {width}x{height}; they must be of one size",
+                exit_code=2,
+            )
+
+
+def fills(architecture: Architecture) -> Literal["mask", "other"] | None:
+    """What stands in the model's concat slot, as far as its channels tell: a mask and the masked picture's latent."""
+    if not architecture.concat_channels:
+        return None
+    latent = architecture.first_stage.latent_channels if architecture.first_stage else architecture.picture_channels
+    return "mask" if architecture.concat_channels == latent + 1 else "other"
 
 
 def _check_guidance(request: Request, network: LatentDiffusion) -> None:

@@ -41,7 +41,16 @@ def generate(
     ] = None,
     eta: Annotated[float | None, typer.Option(help="Share of ancestral noise, of samplers that take it.")] = None,
     churn: Annotated[float | None, typer.Option(help="Temporary noise, of samplers that take it.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Picture to start from (image-to-image).")] = None,
+    init: Annotated[Path | None, typer.Option(help="Picture to start from (image-to-image, inpainting).")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Inpainting: what is white in this picture is repainted in --init.")
+    ] = None,
+    extend: Annotated[
+        str | None, typer.Option(help="Outpainting: LEFT,TOP,RIGHT,BOTTOM pixels to add to --init.")
+    ] = None,
+    paste: Annotated[
+        bool, typer.Option("--paste/--no-paste", help="Inpainting keeps the very pixels outside of the mask.")
+    ] = True,
     strength: Annotated[float | None, typer.Option(help="Share of the path done again from --init, 0 to 1.")] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One at a time: a batch equals its singles bit by bit.")
@@ -50,8 +59,9 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture.")] = False,
 ) -> None:
     """Draw pictures. Prints the path of each; never writes over a file."""
+    from latentkit.applications.attachment import Attachment, Guide
     from latentkit.applications.generate import generate as run
-    from latentkit.applications.request import Attachment, Guide, ask
+    from latentkit.applications.request import ask
     from latentkit.checkpoints.files import load
     from latentkit.cli.output import open_folder, show, slug, write_new
 
@@ -78,6 +88,9 @@ def generate(
         "churn": churn,
         "init": Attachment.read(init) if init else None,
         "strength": strength,
+        "mask": Attachment.read(mask) if mask else None,
+        "extend": _sides(extend),
+        "paste": None if paste else False,
     }
     requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
     loaded = load(model)
@@ -109,6 +122,18 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
         return int(width), int(height or width)
     except ValueError:
         raise InputError(f"size {text!r} is not WIDTHxHEIGHT in pixels, such as 64x48", exit_code=2) from None
+
+
+def _sides(text: str | None) -> list[int] | None:
+    """The four numbers of "0,0,64,0"."""
+    try:
+        sides = None if text is None else [int(side) for side in text.split(",")]
+    except ValueError:
+        sides = []
+    if sides is not None and len(sides) != 4:
+        wanted = "is not LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,64,0"
+        raise InputError(f"extend {text!r} {wanted}", exit_code=2)
+    return sides
 
 
 def _weighted(text: str) -> list[object]:

@@ -8,8 +8,8 @@ import typer
 from latentkit.errors import InputError
 
 if TYPE_CHECKING:
+    from latentkit.applications.attachment import Attachment, Guide
     from latentkit.applications.metadata import Record
-    from latentkit.applications.request import Attachment, Guide
 
 LARGEST = 1 << 28
 PNG, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
@@ -18,7 +18,8 @@ PNG, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 def replay(
     picture: Annotated[Path, typer.Argument(help="A PNG that latentkit drew.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model that drew it, unless shipped.")] = None,
-    init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image).")] = None,
+    init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image, inpainting).")] = None,
+    mask: Annotated[Path | None, typer.Option(help="The mask of its inpainting.")] = None,
     guidance_model: Annotated[str | None, typer.Option(help="The guidance model that it was drawn with.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture.")] = Path("out"),
 ) -> None:
@@ -30,9 +31,9 @@ def replay(
 
     import torch
 
+    from latentkit.applications.attachment import Attachment, Guide
     from latentkit.applications.generate import replay as run
     from latentkit.applications.metadata import read
-    from latentkit.applications.request import Attachment, Guide
     from latentkit.checkpoints.files import load, shipped
     from latentkit.cli.output import open_folder, show, write_new
     from latentkit.training.progress import say, warn
@@ -47,13 +48,15 @@ def replay(
         raise InputError(
             f"{picture}: is a truncated PNG, and what says how it was drawn is lost with its end"
         ) from None
-    if init is not None:
-        record = _given(record, "init", Attachment.read(init), str(init), picture)
-    elif record.request.init is not None:
-        wanted = f"whose pixels have the sha256 {record.request.init.digest[:16]}"
-        raise InputError(
-            f"{picture} was drawn from another picture ({wanted}); give it with --init PICTURE", exit_code=2
-        )
+    for field, path in (("init", init), ("mask", mask)):
+        if path is not None:
+            record = _given(record, field, Attachment.read(path), str(path), picture)
+        elif (wanted := getattr(record.request, field)) is not None:
+            other = f"{'another picture' if field == 'init' else f'a {field} picture'}"
+            digest = f"whose pixels have the sha256 {wanted.digest[:16]}"
+            raise InputError(
+                f"{picture} was drawn from {other} ({digest}); give it with --{field} PICTURE", exit_code=2
+            )
     if model is None and record.model not in shipped():
         raise InputError(f"{picture} was drawn by {record.model!r}, which is not shipped; give it with -m", exit_code=2)
     there = record.machine

@@ -139,9 +139,14 @@ class LatentDiffusion(nn.Module):
         """What rebuilds the model besides architecture and weights."""
         return {name: self.conditioner(name).state() for name in self.conditioners}
 
+    @property
+    def multiple(self) -> int:
+        """What height and width of a picture must be multiples of, pixels."""
+        return self.first_stage.downsampling * 2 ** (len(self.architecture.network.multipliers) - 1)
+
     def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
         """`c h w` of the latent of a picture of `height` x `width` pixels; InputError unless it divides."""
-        factor = self.first_stage.downsampling * 2 ** (len(self.architecture.network.multipliers) - 1)
+        factor = self.multiple
         if height < factor or width < factor or height % factor or width % factor:
             raise InputError(
                 f"size {width}x{height} does not fit this model; width and height must be multiples of {factor}",
