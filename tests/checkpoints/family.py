@@ -26,7 +26,7 @@ G = ClipTextConfig(
 UNET = UNetConfig(
     channels=32, multipliers=(1, 2, 2), blocks=1, depth=(1, 1, 0), heads=4, context_width=32, linear_projection=False
 )
-NUMBERS = NumbersConfig((32, 32, 0, 0, 32, 32), width=8)
+NUMBERS = NumbersConfig((32.0, 32.0, 0.0, 0.0, 32.0, 32.0), width=8)
 COMMON = {"first_stage": KL, "size": (32, 32), "schedule": SCHEDULE, "prediction": "eps"}
 V2 = replace(UNET, heads=None, head_width=16, context_width=48, linear_projection=True)
 ARCHITECTURES = {
@@ -44,7 +44,7 @@ ARCHITECTURES = {
     "refiner": Architecture(
         replace(V2, depth=(0, 2, 0), middle_depth=2, vector_width=80),
         clip=ClipConfig((G,)),
-        numbers=NumbersConfig((32, 32, 0, 0, 6), width=8),
+        numbers=NumbersConfig((32.0, 32.0, 0.0, 0.0, 6.0), width=8),
         **COMMON,  # type: ignore[arg-type]
     ),
     "churches": Architecture(

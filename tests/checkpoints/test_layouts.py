@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 
 from latentkit.checkpoints import ldm_file
 from latentkit.checkpoints.archive import read_archive, read_part
-from latentkit.checkpoints.detect import DESCRIPTION
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
 from latentkit.checkpoints.diffusers_names import unet_pairs
 from latentkit.checkpoints.files import load
@@ -189,7 +188,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_mutations_of_a_single_file_are_named(kind: str, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """42 tensors each; with those of folders 504 in all."""
     archive = read_archive(written / "model.safetensors")
-    monkeypatch.setattr(ldm_file, "built", lambda *_, made=family.model("SD 1").to("meta"): made)
+    made = family.model("SD 1").to("meta")
+    monkeypatch.setattr(ldm_file, "built", lambda *_: made)
     unshaped = 0
     for name in random.Random(kind).sample(sorted(archive.tensors), 42):
         tensors = mutated(archive.tensors, kind, name)

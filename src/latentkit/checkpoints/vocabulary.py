@@ -47,11 +47,16 @@ def _frameless(tokenizer: Any) -> Any:
 
 
 def _pairs(text: str) -> tuple[Any, ...]:
-    """Vocabulary, merges and added tokens of a tokenizer's JSON text."""
+    """Vocabulary, merges and further tokens of a tokenizer's JSON text.
+
+    A padding that is a word of the vocabulary (SD 2's "!") adds nothing.
+    """
     whole = json.loads(text)
     model = whole.get("model", {})
     merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model.get("merges", [])]
-    return model.get("vocab"), merges, {token["content"] for token in whole.get("added_tokens", [])}
+    vocabulary = model.get("vocab") or {}
+    added = {token["content"] for token in whole.get("added_tokens", [])}
+    return vocabulary, merges, added - set(vocabulary)
 
 
 @cache
