@@ -53,15 +53,15 @@ def test_usage_and_perplexity() -> None:
 
 @pytest.mark.parametrize("running_mean", [None, 0.9])
 def test_dead_codes_move_to_latents_of_the_batch_and_live_ones_stay(running_mean: float | None) -> None:
-    codes, shared = book(0.0, 50.0, 60.0, 1.0), {}
+    codes, shared = book(0.5, 50.0, 60.0, 1.0), {}
     settings = CodebookLoss(running_mean=running_mean)
-    z = latents(0.0, 1.0, 0.25, 0.75)
+    z = latents(0.5, 1.0, 0.375, 0.875)
     logs = settle(codes, settings, sums_of(codes, z), shared, 1, 0)
     moved = codes.vectors.flatten().tolist()
     assert logs["codebook_revived"] == 2
-    assert {moved[1], moved[2]} <= {0.0, 1.0, 0.25, 0.75}
+    assert {moved[1], moved[2]} <= {0.5, 1.0, 0.375, 0.875}
     if running_mean is None:
-        assert (moved[0], moved[3]) == (0, 1)
+        assert (moved[0], moved[3]) == (0.5, 1)
     assert shared["codebook_usage"][1] == 1, "and have time to be found"
     assert settle(codes, settings, sums_of(codes, z, 1), shared, 1, 1)["codebook_revived"] == 0
     for step in range(2, 600):  # one that nobody chooses any more

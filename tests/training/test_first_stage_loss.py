@@ -55,6 +55,8 @@ def test_gradients_of_the_whole_loss_are_those_of_finite_differences(bottleneck:
         adversarial=Adversarial(start=0, ramp=1, network=CRITIC),
     )  # fmt: skip
     whole.module.double()
+    assert whole.log_variance is not None
+    whole.log_variance.data.fill_(0.4)
     assert whole.perceptual is not None
     whole.perceptual.double()
     given = batch(step=next(s for s in range(99) if _applies(s)))

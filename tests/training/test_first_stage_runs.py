@@ -212,6 +212,31 @@ def test_what_the_health_page_needs_is_logged(tmp_path: Path) -> None:
     assert last["autoencoder/adaptive_weight"] > 0
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_reaches_every_micro_batch_of_the_next_step(tmp_path: Path, kind: str) -> None:
+    trainer = make(tmp_path / "run", kind=kind, micro=2)
+    settle, loss, kept = trainer.objective.settle, trainer.objective.loss, {}
+
+    def settling(turn: str, step: int, sums: Any, shared: Any) -> Any:
+        logs = settle(turn, step, sums, shared)
+        kept.update({name: value.clone() for name, value in shared.items()})
+        return logs
+
+    def looking(turn: str, batch: Any, shared: Any) -> Any:
+        for name, value in kept.items():
+            assert torch.equal(shared[name], value), (name, batch["step"])
+        return loss(turn, batch, shared)
+
+    trainer.objective.settle, trainer.objective.loss = settling, looking
+    with trainer.run:
+        trainer.train()
+    assert set(kept) == set(trainer.shared) <= set(trainer.objective.shared)
+    expected = {"adaptive_weight", "anchor_real", "anchor_fake", "latent_moments", "psnr_now", "psnr_before"}
+    expected |= {"codebook_usage"} if kind != "kl" else set()
+    expected |= {"codebook_counts", "codebook_means"} if kind == "running" else set()
+    assert set(kept) == expected
+
+
 class Breaking(AutoencoderObjective):
     """Its decoder is torn apart at every step from one on, for so many attempts."""
 
