@@ -1,8 +1,8 @@
 """The time-conditional U-Net with its three condition slots: context, vector, concat."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -168,6 +168,108 @@ class Middle(nn.Module):
         self.block_out = UNetBlock(config, width, width, embedding_width, 0)
 
 
+class Descent(NamedTuple):
+    """The way down to the lowest resolution: what a U-Net begins with, and a ControlNet is."""
+
+    time_embedding: EmbeddingMLP
+    vector_embedding: EmbeddingMLP | None
+    class_embedding: nn.Embedding | None
+    conv_in: nn.Conv2d
+    down: nn.ModuleList
+    middle: Middle
+    skips: tuple[int, ...]
+    """Widths of what is handed over to the way up."""
+    embedding_width: int
+
+
+def descent(config: UNetConfig) -> Descent:
+    """New modules of the way down."""
+    width = config.channels
+    embedding_width = config.embedding_width or 4 * width
+    time_embedding = EmbeddingMLP(width, embedding_width)
+    vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
+    class_embedding = nn.Embedding(config.classes, embedding_width) if config.classes else None
+    conv_in = nn.Conv2d(config.channels_in, width, 3, padding=1)
+    widths = [width * multiplier for multiplier in config.multipliers]
+    last = len(widths) - 1
+
+    current, skips, down = width, [width], []
+    for level, (out, depth) in enumerate(zip(widths, config.depth)):
+        cross_only = level < config.cross_only
+        blocks = []
+        for _ in range(config.blocks):
+            blocks.append(UNetBlock(config, current, out, embedding_width, depth, cross_only=cross_only))
+            current = out
+            skips.append(out)
+        if level < last:
+            skips.append(out)
+        down.append(DownLevel(blocks, _step(config, out, embedding_width, "down") if level < last else None))
+    middle = Middle(config, current, embedding_width)
+    embeddings = time_embedding, vector_embedding, class_embedding
+    return Descent(*embeddings, conv_in, nn.ModuleList(down), middle, tuple(skips), embedding_width)
+
+
+@runtime_checkable
+class Descending(Protocol):
+    """A network with the parts of a `Descent`."""
+
+    config: UNetConfig
+    checkpointing: bool
+    time_embedding: EmbeddingMLP
+    vector_embedding: EmbeddingMLP | None
+    class_embedding: nn.Embedding | None
+    conv_in: nn.Conv2d
+    down: nn.ModuleList
+    middle: Middle
+
+
+def run(network: Descending, block: nn.Module, *inputs: Tensor | bool | None) -> Tensor:
+    """The block's answer, its activations kept or not as the network says."""
+    if network.checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def embed(network: Descending, timestep: Tensor, context: Tensor | None, vector: Tensor | None) -> Float[Tensor, "b d"]:
+    """What every residual block is told, through SiLU; InputError for slots that the network does not have."""
+    config = network.config
+    for name, given, width in (
+        ("context", context, config.context_width),
+        ("vector", vector, 1 if config.classes else config.vector_width),
+    ):
+        got = None if given is None else given.shape[-1]
+        if got != width:
+            raise InputError(f"this U-Net has a {name} slot of width {width}; it was given one of width {got}")
+    embedding: Tensor = network.time_embedding(sinusoids(timestep, config.channels))
+    if network.vector_embedding is not None:
+        embedding = embedding + network.vector_embedding(vector)
+    if network.class_embedding is not None:
+        assert vector is not None
+        embedding = embedding + network.class_embedding(vector[:, 0].long())
+    return F.silu(embedding)
+
+
+def descend(
+    network: Descending,
+    h: Tensor,
+    embedding: Tensor,
+    context: Tensor | None,
+    mask: Tensor | None,
+    perturbed: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """From the first convolution's answer `h` to the lowest resolution: what comes out there, and the skips."""
+    skips = [h]
+    for down in cast(Iterable[DownLevel], network.down):
+        for block in down.blocks:
+            h = run(network, block, h, embedding, context, mask)
+            skips.append(h)
+        if down.downsample is not None:
+            h = down.downsample(h, *((embedding,) if network.config.residual_resampling else ()))
+            skips.append(h)
+    h = run(network, network.middle.block_in, h, embedding, context, mask, perturbed)
+    return run(network, network.middle.block_out, h, embedding, context, mask), skips
+
+
 class UNet(nn.Module):
     """F(x, timestep, context, vector): the raw network of Rombach et al. 2022, section 3.3 and appendix E."""
 
@@ -176,28 +278,12 @@ class UNet(nn.Module):
         self.config = config
         self.checkpointing = False
         """Recompute each block in the backward pass instead of keeping its activations."""
-        width = config.channels
-        embedding_width = config.embedding_width or 4 * width
-        self.time_embedding = EmbeddingMLP(width, embedding_width)
-        self.vector_embedding = EmbeddingMLP(config.vector_width, embedding_width) if config.vector_width else None
-        self.class_embedding = nn.Embedding(config.classes, embedding_width) if config.classes else None
-        self.conv_in = nn.Conv2d(config.channels_in, width, 3, padding=1)
+        half = descent(config)
+        self.time_embedding, self.vector_embedding, self.class_embedding = half[:3]
+        self.conv_in, self.down, self.middle = half.conv_in, half.down, half.middle
+        width, embedding_width, skips = config.channels, half.embedding_width, list(half.skips)
         widths = [width * multiplier for multiplier in config.multipliers]
-        last = len(widths) - 1
-
-        current, skips, down = width, [width], []
-        for level, (out, depth) in enumerate(zip(widths, config.depth)):
-            cross_only = level < config.cross_only
-            blocks = []
-            for _ in range(config.blocks):
-                blocks.append(UNetBlock(config, current, out, embedding_width, depth, cross_only=cross_only))
-                current = out
-                skips.append(out)
-            if level < last:
-                skips.append(out)
-            down.append(DownLevel(blocks, _step(config, out, embedding_width, "down") if level < last else None))
-        self.down = nn.ModuleList(down)
-        self.middle = Middle(config, current, embedding_width)
+        current = widths[-1]
         up = []
         for level in reversed(range(len(widths))):
             cross_only = level < config.cross_only
@@ -212,21 +298,6 @@ class UNet(nn.Module):
         self.norm_out = group_norm(width, 1e-5)
         self.conv_out = zeroed(nn.Conv2d(width, config.channels_out, 3, padding=1))
 
-    def _run(self, block: nn.Module, *inputs: Tensor | bool | None) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
-
-    def _embed(self, timestep: Tensor, vector: Tensor | None) -> Tensor:
-        """What every residual block is told, `b d`, through SiLU."""
-        embedding = self.time_embedding(sinusoids(timestep, self.config.channels))
-        if self.vector_embedding is not None:
-            embedding = embedding + self.vector_embedding(vector)
-        if self.class_embedding is not None:
-            assert vector is not None
-            embedding = embedding + self.class_embedding(vector[:, 0].long())
-        return F.silu(embedding)
-
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
@@ -235,33 +306,21 @@ class UNet(nn.Module):
         vector: Float[Tensor, "b v"] | None = None,
         mask: Tensor | None = None,
         perturbed: bool = False,
+        residuals: Sequence[Tensor] | None = None,
     ) -> Float[Tensor, "b o h w"]:
         """`context` is `b n d` with boolean `mask` `b n`, `vector` is `b v`; each given iff the config has its slot.
 
-        `perturbed` makes the middle's self-attention maps the identity (Ahn et al. 2024).
+        `perturbed` makes the middle's self-attention maps the identity (Ahn et al. 2024). `residuals` are added to
+        every skip in their order, and the last to what leaves the middle (`nets/controlnet.py`).
         """
-        for name, given, width in (
-            ("context", context, self.config.context_width),
-            ("vector", vector, 1 if self.config.classes else self.config.vector_width),
-        ):
-            got = None if given is None else given.shape[-1]
-            if got != width:
-                raise InputError(f"this U-Net has a {name} slot of width {width}; it was given one of width {got}")
-        embedding = self._embed(timestep, vector)
-        h = self.conv_in(laid_out(x))
-        skips = [h]
-        for down in cast(Iterable[DownLevel], self.down):
-            for block in down.blocks:
-                h = self._run(block, h, embedding, context, mask)
-                skips.append(h)
-            if down.downsample is not None:
-                h = down.downsample(h, *((embedding,) if self.config.residual_resampling else ()))
-                skips.append(h)
-        h = self._run(self.middle.block_in, h, embedding, context, mask, perturbed)
-        h = self._run(self.middle.block_out, h, embedding, context, mask)
+        embedding = embed(self, timestep, context, vector)
+        h, skips = descend(self, self.conv_in(laid_out(x)), embedding, context, mask, perturbed)
+        if residuals is not None:
+            *added, last = residuals
+            h, skips = h + last, [skip + each for skip, each in zip(skips, added, strict=True)]
         for up in cast(Iterable[UpLevel], self.up):
             for block in up.blocks:
-                h = self._run(block, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
+                h = run(self, block, torch.cat([h, skips.pop()], dim=1), embedding, context, mask)
             if up.upsample is not None:
                 size = skips[-1].shape[2], skips[-1].shape[3]
                 h = up.upsample(h, embedding, size) if self.config.residual_resampling else up.upsample(h, size)
