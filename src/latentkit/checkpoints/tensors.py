@@ -1,4 +1,4 @@
-"""Tensors into one safetensors file, whole or not at all, none of them copied."""
+"""Tensors into one safetensors file, whole or not at all, none of them copied; and the JSON beside them."""
 
 import json
 import os
@@ -55,3 +55,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         raise InputError(f"{path} could not be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, keys in order; InputError where the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(content), indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}") from error
