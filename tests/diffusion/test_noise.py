@@ -1,5 +1,6 @@
 """Noise: golden values, a batch equals its singles, and the moments of what it claims to be."""
 
+import itertools
 import math
 
 import numpy as np
@@ -72,6 +73,8 @@ def test_a_batch_equals_its_singles() -> None:
     assert torch.equal(batch.initial(), torch.cat([single.initial() for single in singles]))
     for step in (0, 7):
         assert torch.equal(batch.step(step, "churn"), torch.cat([single.step(step, "churn") for single in singles]))
+    for interval in ((9.0, 2.5), (2.5, 2.4999)):
+        assert torch.equal(batch.between(*interval), torch.cat([single.between(*interval) for single in singles]))
     draws = torch.tensor([5, 0, 9_000_000_000])
     together = keyed_batch(draws, shape, 1, "noise")
     assert torch.equal(together, torch.cat([keyed_batch([int(draw)], shape, 1, "noise") for draw in draws]))
@@ -106,3 +109,48 @@ def test_moments() -> None:
     assert u.max() < 1
     counts = np.histogram(u, 20, (0, 1))[0]
     assert ((counts - count / 20) ** 2 / (count / 20)).sum() < 50  # chi-squared, 19 degrees of freedom
+
+
+def increment(noise: PictureNoise, sigma: float, after: float) -> torch.Tensor:
+    """Of the path itself, in the clock 1 / sigma^2."""
+    return noise.between(sigma, after) * math.sqrt(after**-2 - sigma**-2)
+
+
+def test_brownian_noise_is_golden() -> None:
+    golden = torch.tensor([0.51211572, 0.51602417, 0.95025223, 1.49378836])
+    torch.testing.assert_close(
+        PictureNoise([0, 42], (2, 2, 1)).between(7.3, 2.2)[0].flatten(), golden, atol=1e-5, rtol=1e-5
+    )
+
+
+def test_brownian_increments_add_up() -> None:
+    noise = PictureNoise([3, 4], (4, 8, 8))
+    parts = increment(noise, 8.0, 2.0) + increment(noise, 2.0, 0.25)
+    torch.testing.assert_close(parts, increment(noise, 8.0, 0.25), rtol=1e-5, atol=1e-5)
+    parts, whole = increment(noise, 7.3, 2.2) + increment(noise, 2.2, 0.31), increment(noise, 7.3, 0.31)
+    assert (parts - whole).std() < 2e-3 * whole.std()
+
+
+def test_brownian_noise_does_not_depend_on_what_was_asked_before() -> None:
+    intervals = [(9.0, 3.3), (3.3, 3.2), (0.7, 0.1), (9.0, 3.3), (1e7, 20.0)]
+    used = PictureNoise([5], (2, 3, 3))
+    for interval in intervals + intervals[::-1]:
+        assert torch.equal(used.between(*interval), PictureNoise([5], (2, 3, 3)).between(*interval))
+
+
+@pytest.mark.parametrize(
+    "interval",
+    [(14.6, 9.0), (9.0, 8.97), (0.5, 0.03), (3.0, 3.0001), (1e7, 9.0), (1e7, 1e3), (1e-3, 1e-5), (0.01, 1e-9)],
+)
+def test_brownian_noise_is_standard_normal_whatever_the_interval(interval: tuple[float, float]) -> None:
+    z = PictureNoise([1], (4, 100, 100)).between(*interval).flatten().double()
+    for power, expected, deviation in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+        assert abs(z.pow(power).mean() - expected) < 4.5 * math.sqrt(deviation / len(z))
+
+
+def test_disjoint_intervals_are_independent_and_so_is_all_other_noise() -> None:
+    noise = PictureNoise([1], (4, 50, 50))
+    ends = [1e7, 20.0, 9.0, 8.97, 3.0, 2.9999, 2.9998, 0.4, 0.03, 1e-3, 1e-4]
+    rows = [noise.between(high, low).flatten() for high, low in itertools.pairwise(ends)]
+    rows += [noise.initial().flatten(), noise.step(0).flatten(), noise.step(1).flatten()]
+    assert (torch.corrcoef(torch.stack(rows)) - torch.eye(len(rows))).abs().max() < 0.045

@@ -44,10 +44,10 @@ def keyed_batch(draws: Sequence[int] | Tensor, shape: Sequence[int], seed: int, 
     return torch.stack([keyed_normal(shape, seed, purpose, int(draw)) for draw in draws])
 
 
-OCTAVES = 16
-"""The Brownian path is drawn at sigmas from 2^16 down to 2^-16; above it stands at 0, below at its last value."""
-PER_OCTAVE = 1 << 15
-"""Levels of the path in each octave: a sigma is taken to the nearest, 1e-5 of itself away at most."""
+OCTAVES = 8
+"""The Brownian path is drawn at sigmas from 2^8 down to 2^-8; above them it stands at 0."""
+PER_OCTAVE = 1 << 10
+"""Levels of the path in each octave: a sigma is taken to the nearest, 0.04 % of itself away at most."""
 LEVELS = 2 * OCTAVES * PER_OCTAVE
 
 
@@ -73,7 +73,7 @@ class PictureNoise:
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]) -> None:
         self.seeds = tuple(int(seed) for seed in seeds)
         self.shape = tuple(shape)
-        self._latest = -1, torch.empty(0)
+        self._known: dict[int, Tensor] = {}
 
     def initial(self) -> Tensor:
         """Standard normal `b c h w`, float32 on the CPU."""
@@ -88,21 +88,24 @@ class PictureNoise:
         """The increment of each picture's own Brownian path from `sigma` to `after`, over its deviation.
 
         Standard normal `b c h w`, float32 on the CPU, as `samplers.driver.Noise` says. The path is a tree of Brownian
-        bridges (Levy's construction) over the levels, each node keyed by (seed, level), so that it is the same
-        whatever is asked for first. An interval of no level has noise of its own.
+        bridges (Levy's construction) over levels of sigma, each node keyed by (seed, level), so that it is the same
+        whatever is asked for first. An interval inside one level has noise of its own. Deviation and independence are
+        exact; what adjacent intervals add up to is exact at levels (powers of 2 are some), and near it elsewhere.
         """
         first, last = _level(sigma), _level(after)
         if first == last:
             key = ("between", float(sigma).hex(), float(after).hex())
             return torch.stack([keyed_normal(self.shape, seed, *key) for seed in self.seeds])
-        start = self._path(first)
-        self._latest = last, self._path(last)
-        return (self._latest[1] - start) / math.sqrt(_clock(last) - _clock(first))
+        return (self._path(last) - self._path(first)) / math.sqrt(_clock(last) - _clock(first))
 
     def _path(self, level: int) -> Tensor:
-        """W at a level `b c h w`; the latest one asked for is kept, as the next interval begins there."""
-        if self._latest[0] == level:
-            return self._latest[1]
+        """W at a level `b c h w`; the latest ones are kept, as an interval begins where others did or ended."""
+        if level not in self._known:
+            self._known = {**dict(list(self._known.items())[-2:]), level: self._bridges(level)}
+        return self._known[level]
+
+    def _bridges(self, level: int) -> Tensor:
+        """W at a level `b c h w`, by halving the way to it."""
         low, high = 0, LEVELS
         left = torch.zeros(len(self.seeds), *self.shape)
         right = self.step(LEVELS, "path") * math.sqrt(_clock(LEVELS))

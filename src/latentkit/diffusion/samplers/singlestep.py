@@ -10,8 +10,8 @@ from latentkit.diffusion.samplers.euler import ETA
 
 ACCEPTED = 0.81
 """Share by which the next step may shrink for this one to stand."""
-NEGLIGIBLE = 0.0078
-"""Absolute tolerance of the adaptive rule: the difference of two 8-bit values."""
+SMALL = 0.0078 / 0.05
+"""Numbers below this are as accurate as this one: k-diffusion's absolute tolerance over its relative one."""
 FIRST_STRIDE = 0.05
 
 
@@ -48,7 +48,7 @@ def _noisy(walk: Walk, x: Tensor, x0: Tensor, after: float, eta: float) -> Tenso
 
 
 def adaptive(walk: Walk, x: Tensor, tolerance: float = 0.05, order: int = 3) -> Tensor:
-    """As many steps of DPM-Solver as the tolerance asks; plain Euler into 0.
+    """As many steps of DPM-Solver between two sigmas as the relative tolerance asks; plain Euler into 0.
 
     Two rules that share evaluations, of `order` and one less, differ by the error; the worst picture of a batch
     decides. Source: Lu et al. 2022 a, appendix C, with k-diffusion's step control.
@@ -61,7 +61,7 @@ def adaptive(walk: Walk, x: Tensor, tolerance: float = 0.05, order: int = 3) -> 
             return walk.mix(x, x0, 0.0)
         ahead = max(after, sigma * math.exp(-walk.carried))
         lower, higher = _pair(walk, x, (x - x0) / sigma, sigma, ahead, order)
-        scale = torch.maximum(lower.abs(), x.abs()).mul_(tolerance).clamp_(min=NEGLIGIBLE)
+        scale = torch.maximum(lower.abs(), x.abs()).clamp_(min=SMALL).mul_(tolerance)
         worst = ((lower - higher) / scale).double().square().flatten(1).mean(1).max().sqrt().item()
         factor = 1 + math.atan((1 / (worst + 1e-8)) ** (1 / order) - 1)
         walk.carried *= factor
