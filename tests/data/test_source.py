@@ -24,9 +24,9 @@ def counted(monkeypatch):
     decoded = []
     real = source_module.decode
 
-    def decode(data, name):
+    def decode(data, name, values=None):
         decoded.append(name)
-        return real(data, name)
+        return real(data, name, values)
 
     monkeypatch.setattr(source_module, "decode", decode)
     return decoded
@@ -331,10 +331,10 @@ def test_an_interrupted_index_goes_on(tmp_path, save, monkeypatch):
         save(tmp_path / f"{i:02}.png", i)
     real = source_module.decode
 
-    def stop(data, name):
+    def stop(data, name, values=None):
         if name == "08.png":
             raise KeyboardInterrupt
-        return real(data, name)
+        return real(data, name, values)
 
     monkeypatch.setattr(source_module, "decode", stop)
     with pytest.raises(KeyboardInterrupt):

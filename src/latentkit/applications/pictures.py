@@ -21,7 +21,7 @@ def open_data(data: DataRecipe, seed: int, multiple: int) -> tuple[Pictures, Pic
     Held out are the items of the split `holdout`, or about 5 % fixed by their digests (at least one; with fewer than
     ten pictures none are kept back and the same ones serve for both).
     """
-    source = open_source(data.path)
+    source = open_source(data.path, values=data.transform.range)
     if data.holdout is not None:
         train = source.select(data.split) if data.split else _outside(source, data.holdout)
         held = source.select(data.holdout)

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from torch import Tensor
 
 from latentkit.data.pictures import MIN_SIDE, BadPicture, Picture, background_colour, resize, to_samples, to_tensor
+from latentkit.data.range import Range
 from latentkit.data.source import Item, Source
 from latentkit.diffusion.noise import keyed_bits
 from latentkit.errors import InputError
@@ -44,6 +45,8 @@ class Transform(BaseModel):
     buckets: bool = False
     zoom: Literal[1, 2, 4, 8] = 1
     """A draw shows a random part of the picture at 1, 2, 4 ... up to so many times its size, if it has the pixels."""
+    range: Range | None = None
+    """What the values of 16-bit and floating-point samples mean; null: 0 to the largest of their type, or to 1."""
 
     @model_validator(mode="after")
     def _zoomed(self) -> Self:

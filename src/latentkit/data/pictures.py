@@ -16,6 +16,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentkit.data.range import SAMPLES, Range
 from latentkit.errors import InputError
 
 MAX_PIXELS = 64_000_000
@@ -50,29 +51,54 @@ class BadPicture(InputError):
 class Picture(NamedTuple):
     """A decoded picture: `array` is h w c in uint8, uint16 or float32 (0..1), the last channel alpha if `has_alpha`.
 
-    `notes` says what was passed over on the way (a broken profile, further frames).
+    `notes` says what was passed over on the way (a broken profile, further frames). `samples` is the type of the
+    file's samples where they passed a stated range.
     """
 
     array: np.ndarray
     has_alpha: bool
     notes: tuple[str, ...] = ()
+    samples: str | None = None
 
 
-def decode(data: bytes, name: str) -> Picture:
+def decode(data: bytes, name: str, values: Range | None = None) -> Picture:
     """The picture in the bytes of a PNG, JPEG, WebP or TIFF file; `BadPicture` for anything else or anything damaged.
 
-    The size is read from the header and refused there: sides of 4 to 65,500 pixels, at most 64 million pixels.
+    With `values` samples of any sign and size are read by that range, and come out as float32. The size is read from
+    the header and refused there: sides of 4 to 65,500 pixels, at most 64 million pixels.
     """
-    picture = _decode_tiff(data, name) if data.startswith(_TIFF_STARTS) else _decode_pillow(data, name)
+    if data.startswith(_TIFF_STARTS):
+        picture = _decode_tiff(data, name, stated=values is not None)
+    else:
+        picture = _decode_pillow(data, name)
+    if values is not None:
+        return _ranged(picture, name, values)
     array = picture.array
     if array.dtype == np.float32:
         if not np.isfinite(array).all():
             raise BadPicture(name, "holds NaN or infinite samples")
         if array.min() < -1e-3 or array.max() > 1 + 1e-3:
             got = f"{array.min():.4g}..{array.max():.4g}"
-            raise BadPicture(name, f"holds floating-point samples in {got}; they must lie in 0..1")
+            said = "they must lie in 0..1, or in a range that is stated"
+            raise BadPicture(name, f"holds floating-point samples in {got}; {said}")
         array = array.clip(0, 1)
     return picture._replace(array=np.ascontiguousarray(array))
+
+
+def _ranged(picture: Picture, name: str, values: Range) -> Picture:
+    """The picture's colours by a stated range, its alpha by its type, as float32 in 0..1."""
+    colours = picture.array[..., : picture.array.shape[2] - picture.has_alpha]
+    if not np.isfinite(picture.array).all():
+        raise BadPicture(name, "holds NaN or infinite samples")
+    try:
+        parts = [values.to_unit(colours)]
+    except InputError as error:
+        raise BadPicture(name, str(error)) from None
+    if picture.has_alpha:
+        alpha = picture.array[..., -1:]
+        top = 1.0 if alpha.dtype == np.float32 else np.iinfo(alpha.dtype).max
+        parts.append((alpha.astype(np.float32) / top).clip(0, 1))
+    return picture._replace(array=np.concatenate(parts, axis=2), samples=str(picture.array.dtype))
 
 
 def _format(data: bytes, name: str) -> str:
@@ -201,8 +227,11 @@ def _orient(array: np.ndarray, orientation: object) -> np.ndarray:
     return array
 
 
-def _decode_tiff(data: bytes, name: str) -> Picture:
-    """TIFF of 1 to N channels: axes `C` and `S` are channels; of pages, planes and times the first is taken."""
+def _decode_tiff(data: bytes, name: str, stated: bool = False) -> Picture:
+    """TIFF of 1 to N channels: axes `C` and `S` are channels; of pages, planes and times the first is taken.
+
+    Where the range is `stated` values are as stored: signed ones too, and black where zero is.
+    """
     try:
         import tifffile
     except ImportError:
@@ -241,12 +270,13 @@ def _decode_tiff(data: bytes, name: str) -> Picture:
         array = array.astype(np.uint8) * 255
     if array.dtype.kind == "f":
         array = array.astype(np.float32)
-    if array.dtype not in (np.uint8, np.uint16, np.float32):
-        raise BadPicture(name, f"has {array.dtype} samples; 8 and 16 bits unsigned and floating point are read")
+    if str(array.dtype.newbyteorder("=")) not in (SAMPLES if stated else ("uint8", "uint16", "float32")):
+        signed = "8 and 16 bits" if stated else "8 and 16 bits unsigned"
+        raise BadPicture(name, f"has {array.dtype} samples; {signed} and floating point are read")
     array = array.astype(array.dtype.newbyteorder("="))
-    if photometric == 0:
+    if photometric == 0 and not stated:
         array = (1.0 - array) if array.dtype == np.float32 else np.iinfo(array.dtype).max - array
-    elif photometric not in (1, 2, 3, 5) and not (photometric == 6 and compression in (6, 7)):
+    elif photometric not in (0, 1, 2, 3, 5) and not (photometric == 6 and compression in (6, 7)):
         raise BadPicture(name, f"has TIFF photometric {photometric}; gray, RGB, palette and CMYK are read")
     has_alpha = bool(extra) and extra[-1] in (1, 2)
     alpha = array[..., -1:] if has_alpha else None
@@ -379,14 +409,18 @@ def to_png(picture: Tensor, text: dict[str, str] | None = None, *, depth: int = 
 
 def to_tiff(picture: Tensor, *, depth: int = 16) -> bytes:
     """TIFF bytes of `c h w` in [-1, 1] with any number of channels, 8 or 16 bits, or 32 for floating point 0..1."""
+    dtypes: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
+    if depth not in dtypes:
+        raise InputError(f"TIFF of {depth} bits is not written: use 8, 16 or 32 (floating point)")
+    return tiff_of(to_samples(picture, dtypes[depth]))
+
+
+def tiff_of(array: np.ndarray) -> bytes:
+    """TIFF bytes of h w c values as they are; InputError where tifffile is not installed."""
     try:
         import tifffile
     except ImportError:
         raise InputError(f"writing TIFF {EXTRA}") from None
-    dtypes: dict[int, Any] = {8: np.uint8, 16: np.uint16, 32: np.float32}
-    if depth not in dtypes:
-        raise InputError(f"TIFF of {depth} bits is not written: use 8, 16 or 32 (floating point)")
-    array = to_samples(picture, dtypes[depth])
     channels = array.shape[2]
     rgb = channels in (3, 4)
     extra = {2: [2], 4: [2]}.get(channels, [0] * (channels - 1) if channels > 4 else None)

@@ -31,6 +31,7 @@ from latentkit.data.folder import (
     look,
 )
 from latentkit.data.pictures import BadPicture, Picture, decode
+from latentkit.data.range import Range
 from latentkit.data.shards import list_shard
 from latentkit.errors import InputError, close, nearest
 
@@ -65,10 +66,19 @@ class Item(NamedTuple):
 
 
 class Source:
-    """The usable pictures of a data set, sorted by key, and the files that are not used."""
+    """The usable pictures of a data set, sorted by key, and the files that are not used.
+
+    `values` is the range that its samples are read by, None: that of their type.
+    """
 
     def __init__(
-        self, root: Path, kind: str, found: list[tuple[Item, Place]], rejected: list[Rejected], classes: tuple[str, ...]
+        self,
+        root: Path,
+        kind: str,
+        found: list[tuple[Item, Place]],
+        rejected: list[Rejected],
+        classes: tuple[str, ...],
+        values: Range | None = None,
     ) -> None:
         self.root = root
         self.kind = kind
@@ -76,6 +86,7 @@ class Source:
         self.places = [place for _, place in found]
         self.rejected = rejected
         self.classes = classes
+        self.values = values
 
     def __len__(self) -> int:
         return len(self.items)
@@ -101,12 +112,12 @@ class Source:
 
     def read(self, index: int) -> Picture:
         """The decoded picture `index`; `BadPicture` when it went bad after it was indexed."""
-        return decode(self.data(index), self.items[index].key)
+        return decode(self.data(index), self.items[index].key, self.values)
 
     def subset(self, indices: Iterable[int]) -> "Source":
         """The same data set with these pictures only; classes keep their numbers."""
         found = [(self.items[i], self.places[i]) for i in sorted(indices)]
-        return Source(self.root, self.kind, found, self.rejected, self.classes)
+        return Source(self.root, self.kind, found, self.rejected, self.classes, self.values)
 
     def select(self, split: str) -> "Source":
         """The pictures of one split."""
@@ -117,8 +128,8 @@ class Source:
         return self.subset(i for i, item in enumerate(self.items) if item.split == split)
 
 
-def open_source(path: str | Path, progress: bool = True) -> Source:
-    """The data set in a folder or a tar shard.
+def open_source(path: str | Path, progress: bool = True, values: Range | None = None) -> Source:
+    """The data set in a folder or a tar shard, whose samples are read by the range `values` (None: their type's).
 
     A folder holds tar shards; or pictures with metadata.jsonl or metadata.csv, with caption files beside them, in
     class folders, or plain. Nothing in it is changed. `InputError` when there is nothing usable.
@@ -133,14 +144,14 @@ def open_source(path: str | Path, progress: bool = True) -> Source:
         if root.suffix.lower() != ".tar":
             raise InputError(f"{path} is a file; a data set is a folder of pictures or a .tar shard", exit_code=2)
         root = root.parent
-    memo = _Memo(root)
+    memo = _Memo(root, values)
     listing = _list_shards(root, shards, memo) if shards else list_folder(root)
     if shards and not Path(path).expanduser().is_file():
         loose = sorted(p.name for p in root.iterdir() if p.name.lower().endswith(PICTURE_ENDINGS))
         listing.rejected.extend(Rejected(name, "lies beside tar shards, which are read instead") for name in loose)
     entries, twice = _unique(listing.entries)
     try:
-        facts = _look(root, entries, memo, progress)
+        facts = _look(root, entries, memo, progress, values)
     finally:
         memo.save()
 
@@ -159,7 +170,7 @@ def open_source(path: str | Path, progress: bool = True) -> Source:
     labels = {item.label for item, _ in found if item.label is not None}
     numeric = all(label.isdecimal() for label in labels)
     classes = tuple(sorted(labels, key=lambda label: (int(label) if numeric else 0, label)))
-    return Source(root, listing.kind, found, sorted(rejected), classes)
+    return Source(root, listing.kind, found, sorted(rejected), classes, values)
 
 
 def _nothing(path: str | Path, rejected: list[Rejected]) -> str:
@@ -209,11 +220,11 @@ def _bytes_at(root: Path, place: Place) -> bytes:
         return file.read(place.size)
 
 
-def _fact(root: Path, entry: Entry) -> list[Any] | str:
+def _fact(root: Path, entry: Entry, values: Range | None) -> list[Any] | str:
     """[width, height, channels, depth, digest, alpha, transparent, notes] of one picture, or why it is not used."""
     try:
         data = _bytes_at(root, entry.place)
-        array, alpha, notes = decode(data, entry.key)
+        array, alpha, notes, _ = decode(data, entry.key, values)
     except BadPicture as error:
         return error.reason
     except OSError as error:
@@ -224,14 +235,14 @@ def _fact(root: Path, entry: Entry) -> list[Any] | str:
     return [width, height, channels, str(array.dtype), hashlib.sha256(data).hexdigest(), alpha, transparent, notes]
 
 
-def _look(root: Path, entries: list[Entry], memo: "_Memo", progress: bool) -> list[Any]:
+def _look(root: Path, entries: list[Entry], memo: "_Memo", progress: bool, values: Range | None) -> list[Any]:
     """The facts of every entry, from the index or by decoding it now, in order."""
     names = [f"{entry.place.file}@{entry.place.offset}" for entry in entries]
     facts = [memo.get(name, entry.place.stamp) for name, entry in zip(names, entries, strict=True)]
     new = [i for i, fact in enumerate(facts) if fact is None]
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
-        looked = pool.map(lambda i: _fact(root, entries[i]), new)
+        looked = pool.map(lambda i: _fact(root, entries[i], values), new)
         for i, fact in zip(new, track(looked, len(new), "looking at pictures", progress), strict=True):
             facts[i] = fact
             memo.put(names[i], entries[i].place.stamp, fact)
@@ -278,8 +289,9 @@ def _version(package: str) -> str:
 class _Memo:
     """What was found in each file, kept while its stamp stays; a damaged or older index is as good as none."""
 
-    def __init__(self, root: Path) -> None:
-        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:32]
+    def __init__(self, root: Path, values: Range | None) -> None:
+        stated = b"" if values is None else f"\n{values.model_dump_json()}".encode()
+        name = hashlib.sha256(os.fsencode(root.resolve()) + stated).hexdigest()[:32]
         self.path = cache_home() / "index" / f"{name}.json"
         versions = [_version(package) for package in ("pillow", "tifffile", "imagecodecs")]
         self.format = [INDEX_FORMAT, *versions]
