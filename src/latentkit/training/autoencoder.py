@@ -79,6 +79,7 @@ class AutoencoderObjective:
         perceptual: PerceptualDistance | None = None,
         frozen_encoder: bool = False,
     ) -> None:
+        assert (perceptual is None) == (weights.perceptual is None), "the loss's perceptual part needs its network"
         self.autoencoder = autoencoder
         self.weights = weights
         self.seed = seed
@@ -205,7 +206,7 @@ class AutoencoderObjective:
         shared["decoded"] = decoded.detach()
         shown = decoded.detach().requires_grad_()
         difference, parts = self._difference(shown, pixels)
-        if self.perceptual is not None and self.weights.perceptual is not None:
+        if self.perceptual is not None and self.weights.perceptual is not None:  # both or none
             with torch.autocast(pixels.device.type, enabled=False):
                 parts["perceptual"] = self.perceptual(shown, pixels).mean()
             difference = difference + self.weights.perceptual.weight * parts["perceptual"]
