@@ -1,17 +1,21 @@
 """The commands about first stages, as a person types them."""
 
 import json
+import re
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 
 from latentkit import cli
 from latentkit.checkpoints.files import save_autoencoder
-from latentkit.data.pictures import to_png
+from latentkit.data.pictures import decode, tiff_of, to_png, to_tensor
+from latentkit.evaluation.reconstruction import psnr, reconstruct
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig
 
@@ -65,3 +69,46 @@ def test_evaluate_first_stage_refuses(run: Run, capsys: pytest.CaptureFixture[st
     assert run("evaluate", "first-stage", "pictures", "-m", "absent") == 2
     assert run("evaluate", "first-stage", "pictures", *M, "--lpips", "a", "b") == 2
     assert "no file 'a'" in capsys.readouterr().err
+
+
+def test_reconstruct_prints_paths_and_never_writes_over(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("0-reconstruction.png", "0-reconstruction-2.png"):
+        assert run("reconstruct", "pictures/0.png", *M, "--times", "4") == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert re.fullmatch(rf"out/{name}  \d+\.\d\d dB  errors x4", line)
+    assert decode(Path("out/0-reconstruction.png").read_bytes(), "a").array.shape == (16, 3 * 15 + 2, 3)
+
+
+def test_reconstruct_only_keeps_size_and_type(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("reconstruct", "pictures/0.png", "pictures/1.png", *M, "--only", "-o", "back", "--json") == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["path"] == "back/0-reconstruction.png"
+    assert second["picture"] == "pictures/1.png"
+    original, other = (decode(Path(first[key]).read_bytes(), "a") for key in ("picture", "path"))
+    assert other.array.shape == original.array.shape == (12, 13, 3)
+    exact = psnr(to_tensor(original, 3), to_tensor(other, 3))
+    assert first["psnr"] == pytest.approx(exact, abs=0.1)  # 8 bits are rounded
+
+
+def test_reconstruct_by_the_range_of_the_model(run: Run) -> None:
+    """Values return in the file's type: a model of pixels themselves would give them back."""
+    transform = {"background": "white", "range": {"kind": "linear", "low": -1024.0, "high": 3071.0}}
+    config = AutoencoderConfig(picture_channels=1, channels=16, multipliers=(1,), blocks=1, attention=False)
+    stage = FirstStage(config, 1)
+    save_autoencoder("scan.safetensors", stage, {"recipe": {"data": {"transform": transform}}})
+    array = np.random.default_rng(0).integers(-1024, 3072, (9, 10, 1)).astype(np.int16)
+    Path("scan.tiff").write_bytes(tiff_of(array))
+    assert run("reconstruct", "scan.tiff", "-m", "scan.safetensors", "--only") == 0
+    x = torch.from_numpy((array.astype(np.float32) + 1024) / 4095 * 2 - 1).movedim(-1, 0)
+    expected = (reconstruct(stage, x).picture[0].double().numpy() + 1) / 2 * 4095 - 1024
+    found = tifffile.imread("out/scan-reconstruction.tiff")
+    assert found.dtype == np.int16
+    assert np.abs(found - expected).max() <= 0.51
+
+
+def test_reconstruct_refuses(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("reconstruct", "pictures", *M) == 2
+    assert "is a folder; name the pictures in it" in capsys.readouterr().err
+    assert run("reconstruct", "absent.png", *M) == 2
+    assert run("reconstruct", "ae.safetensors", *M) == 1
+    assert not Path("out").exists() or not list(Path("out").iterdir())

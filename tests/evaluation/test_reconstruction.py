@@ -1,15 +1,19 @@
 """A first stage measured: any size of picture, latents by channel, codes, and which figures are left out."""
 
+import io
 import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import tiny_model
 
 from latentkit.checkpoints.files import save_autoencoder, save_model
-from latentkit.data.pictures import BadPicture, to_png
+from latentkit.data.pictures import BadPicture, decode, tiff_of, to_png, to_samples, to_tensor
+from latentkit.data.range import Range
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 from latentkit.evaluation import first_stage as module
@@ -20,8 +24,8 @@ from latentkit.evaluation.first_stage import (
     lines,
     open_distance,
     open_first_stage,
-    reconstruct,
 )
+from latentkit.evaluation.reconstruction import as_stored, beside, reconstruct
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.perceptual import FeatureConfig, OwnTrunk, PerceptualDistance, Trunk
@@ -74,7 +78,7 @@ def test_figures_of_pixels_themselves_are_perfect(folder):
 def test_means_are_over_pictures_and_latents_over_cells(folder):
     stage, source = made(), open_source(folder)
     found = evaluate(stage, source)
-    rows = [module.to_tensor(source.read(i), 3) for i in range(5)]
+    rows = [to_tensor(source.read(i), 3) for i in range(5)]
     passed = [reconstruct(stage, row) for row in rows]
     errors = [float((a - b.picture).square().mean()) / 4 for a, b in zip(rows, passed)]
     assert found.psnr == pytest.approx(sum(-10 * math.log10(error) for error in errors) / 5, rel=1e-5)
@@ -142,7 +146,7 @@ def test_perceptual_distance_of_pictures_that_are_large_enough(folder):
     distance = PerceptualDistance(OwnTrunk(FeatureConfig(widths=(4, 4, 4, 4, 4))))  # 16 px at least
     stage, source = made(), open_source(folder)
     found = evaluate(stage, source, lpips=distance)
-    rows = [module.to_tensor(source.read(i), 3) for i in (0, 2, 4)]
+    rows = [to_tensor(source.read(i), 3) for i in (0, 2, 4)]
     values = [float(distance(x[None], reconstruct(stage, x).picture[None])) for x in rows]
     assert found.lpips == pytest.approx(sum(values) / 3, rel=1e-5)
 
@@ -172,21 +176,28 @@ def module_stages(name):
 
 def test_files_of_both_kinds_and_run_folders_open(tmp_path):
     stage = made()
-    recipe = {"recipe": {"data": {"transform": {"background": "#102030"}}}}
+    transform = {"background": "#102030", "range": {"kind": "log", "low": 1.0, "high": 300.0}}
+    recipe = {"recipe": {"data": {"transform": transform}}}
     save_autoencoder(tmp_path / "run" / "model.safetensors", stage, recipe)
     save_model(tmp_path / "whole.safetensors", tiny_model(), {}, torch.float32)
     opened = open_first_stage(tmp_path / "run", "cpu")
     assert opened.background == "#102030"
+    assert opened.values == Range(kind="log", low=1.0, high=300.0)
     assert len(opened.digest) == 64
     x = torch.rand(3, 16, 16)
     assert torch.equal(reconstruct(opened.first_stage, x).picture, reconstruct(stage, x).picture)
     whole = open_first_stage(tmp_path / "whole.safetensors", "cpu")
     assert whole.background == "white"
+    assert whole.values is None
     torch.testing.assert_close(
         reconstruct(whole.first_stage, x).picture, reconstruct(tiny_model().first_stage, x).picture
     )
     with pytest.raises(InputError, match="no model"):
         open_first_stage(tmp_path / "absent")
+    transform["range"]["low"] = 400.0
+    save_autoencoder(tmp_path / "odd.safetensors", stage, recipe)
+    with pytest.raises(InputError, match=r"odd.safetensors: its range of values is invalid"):
+        open_first_stage(tmp_path / "odd.safetensors")
 
 
 def test_what_is_said(folder):
@@ -200,3 +211,52 @@ def test_what_is_said(folder):
     again = json.loads(json.dumps(found.document()))
     assert again["kid"]["size"] == 2
     assert again["codes"]["codes"] == 4
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
+def test_a_picture_beside_its_reconstruction_and_its_errors(channels):
+    """The error map is of the channel with the largest error, also of one that is not shown, and opaque."""
+    x = torch.zeros(channels, 4, 5)
+    other = x.clone()
+    other[-1, 1, 2] = 0.125  # 1/16 of the range, times 4: a quarter of it
+    sheet = to_samples(to_tensor(decode(beside(x, other, 4), "a"), min(channels, 4)), np.uint8)
+    assert sheet.shape[:2] == (8, 3 * 7 + 2)
+    seen = sheet[2:6, 16:21, : min(channels, 3) - (channels == 2)]
+    assert (seen[1, 2] == 64).all()
+    assert seen.sum() == seen[1, 2].sum()
+    if channels in (2, 4):
+        assert (sheet[2:6, 16:21, -1] == 255).all()
+    assert Image.open(io.BytesIO(beside(x, other, 4))).text["Description"].endswith("times 4")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "tiff", "suffix"),
+    [
+        (np.uint8, 3, False, "png"),
+        (np.uint8, 3, True, "tiff"),
+        (np.uint8, 12, False, "tiff"),
+        (np.uint16, 1, False, "png"),
+        (np.uint16, 3, False, "tiff"),
+        (np.float32, 1, False, "tiff"),
+    ],
+)
+def test_a_plain_reconstruction_has_the_type_of_its_source(dtype, channels, tiff, suffix):
+    array = np.random.default_rng(0).random((8, 8, channels))
+    array = array.astype(dtype) if dtype == np.float32 else (array * np.iinfo(dtype).max).astype(dtype)
+    source = decode(tiff_of(array), "a")
+    found, data = as_stored(to_tensor(source, channels), source, None, tiff)
+    assert found == suffix
+    again = decode(data, "a").array
+    assert again.dtype == dtype
+    assert np.allclose(again, array, atol=1e-7 if dtype == np.float32 else 0)
+
+
+def test_a_plain_reconstruction_has_the_values_of_its_source():
+    values = Range(low=-1024, high=3071)
+    array = np.random.default_rng(0).integers(-1024, 3072, (8, 8, 1)).astype(np.int16)
+    source = decode(tiff_of(array), "a", values)
+    suffix, data = as_stored(to_tensor(source, 1), source, values, False)
+    assert suffix == "tiff"
+    import tifffile
+
+    assert np.array_equal(tifffile.imread(io.BytesIO(data)), array[..., 0])

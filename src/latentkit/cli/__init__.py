@@ -37,6 +37,7 @@ def application() -> typer.Typer:
     from latentkit.cli.evaluate import app as evaluate
     from latentkit.cli.generate import generate
     from latentkit.cli.models import convert, diff, inspect
+    from latentkit.cli.reconstruct import reconstruct
     from latentkit.cli.replay import replay
     from latentkit.cli.samplers import compare_samplers, samplers
     from latentkit.cli.search_spacing import search_spacing
@@ -44,7 +45,8 @@ def application() -> typer.Typer:
 
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(options)
-    for command in (generate, replay, fit, train, samplers, compare_samplers, search_spacing, inspect, convert, diff):
+    drawing = (generate, replay, samplers, compare_samplers, search_spacing)
+    for command in (*drawing, fit, train, reconstruct, inspect, convert, diff):
         app.command()(command)
     app.add_typer(data, name="data")
     app.add_typer(evaluate, name="evaluate")

@@ -72,7 +72,7 @@ def first_stage(
     shown = logging.getLogger("latentkit").isEnabledFor(logging.INFO)
     distance = open_distance(*lpips) if lpips else None
     opened = open_first_stage(model)
-    source = open_source(data, shown)
+    source = open_source(data, shown, opened.values)
     if distance is not None:
         distance = distance.to(opened.first_stage.latent_mean.device)
     found = evaluate(

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 
-from latentkit.checkpoints.files import digest, find, load, load_autoencoder
+from latentkit.checkpoints.files import digest, find, invalid, load, load_autoencoder
 from latentkit.data.pictures import BadPicture, to_tensor
+from latentkit.data.range import Range
 from latentkit.data.source import Source, track
 from latentkit.errors import InputError
 from latentkit.evaluation.features import NETWORK, features
 from latentkit.evaluation.frechet import frechet
 from latentkit.evaluation.kid import Kid, kid
-from latentkit.evaluation.reconstruction import bounding_box, psnr
+from latentkit.evaluation.reconstruction import bounding_box, psnr, reconstruct
 from latentkit.evaluation.similarity import ms_ssim, ssim
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import Autoencoder
@@ -30,19 +31,13 @@ LARGEST = 1024
 
 
 class Opened(NamedTuple):
-    """A first stage, how its pictures are to be shown to it, and its file's name and sha256."""
+    """A first stage, how it was shown its pictures (on what, by which range of values), its file's name and sha256."""
 
     first_stage: FirstStage
     background: str
+    values: Range | None
     name: str
     digest: str
-
-
-class Passed(NamedTuple):
-    """A picture that went through a first stage: raw latents `z h w`, and what came back, `c H W` in [-1, 1]."""
-
-    latents: Tensor
-    picture: Tensor
 
 
 class Codes(NamedTuple):
@@ -97,7 +92,12 @@ def open_first_stage(name: str | Path, device: str | torch.device | None = None)
         model = load(name, device, torch.float32)
         first_stage, provenance, title, sha256 = model.network.first_stage, model.provenance, model.name, model.digest
     transform = provenance.get("recipe", {}).get("data", {}).get("transform", {})
-    return Opened(first_stage, str(transform.get("background", "white")), title, sha256)
+    stated = transform.get("range")
+    try:
+        values = None if stated is None else Range.model_validate(stated)
+    except ValidationError as error:
+        raise invalid(error, f"{name}: its range of values is invalid") from None
+    return Opened(first_stage, str(transform.get("background", "white")), values, title, sha256)
 
 
 def _alone(name: str | Path) -> tuple[Path, dict[str, Any]] | None:
@@ -117,20 +117,6 @@ def open_distance(trunk: Path, heads: Path) -> PerceptualDistance:
     first = read_tensors(trunk).get("features.0.weight")
     network: Literal["vgg16", "alexnet"] = "alexnet" if first is not None and first.shape[-1] == 11 else "vgg16"
     return read_distance(Perceptual(network=network, weights=str(trunk), heads=str(heads)))
-
-
-@torch.inference_mode()
-def reconstruct(first_stage: FirstStage, picture: Tensor) -> Passed:
-    """A picture `c h w` in [-1, 1] through a first stage (the posterior's mean), float32 on the CPU.
-
-    Its edges are repeated up to the next multiple of the downsampling, and cut off again.
-    """
-    height, width = picture.shape[1:]
-    factor = first_stage.downsampling
-    padded = F.pad(picture[None].float(), (0, -width % factor, 0, -height % factor), mode="replicate")
-    moments = first_stage.moments(padded.to(first_stage.latent_mean.device))
-    decoded = first_stage.decode(first_stage.from_moments(moments))[0, :, :height, :width]
-    return Passed(moments[0, : first_stage.latent_channels].cpu(), decoded.clamp(-1, 1).float().cpu())
 
 
 def chosen_codes(autoencoder: Autoencoder, latents: Tensor) -> Tensor | None:

@@ -1,11 +1,67 @@
-"""How well a first stage gives pictures back."""
+"""What a first stage gives back of pictures of any size, how well, and how to show it."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from latentkit.data.pictures import Picture, grid, tiff_of, to_png, to_samples
+from latentkit.data.range import Range
+from latentkit.model.first_stage import FirstStage
 from latentkit.training.losses import structure
+
+
+class Passed(NamedTuple):
+    """A picture that went through a first stage: raw latents `z h w`, and what came back, `c H W` in [-1, 1]."""
+
+    latents: Tensor
+    picture: Tensor
+
+
+@torch.inference_mode()
+def reconstruct(first_stage: FirstStage, picture: Tensor) -> Passed:
+    """A picture `c h w` in [-1, 1] through a first stage (the posterior's mean), float32 on the CPU.
+
+    Its edges are repeated up to the next multiple of the downsampling, and cut off again.
+    """
+    height, width = picture.shape[1:]
+    factor = first_stage.downsampling
+    padded = F.pad(picture[None].float(), (0, -width % factor, 0, -height % factor), mode="replicate")
+    moments = first_stage.moments(padded.to(first_stage.latent_mean.device))
+    decoded = first_stage.decode(first_stage.from_moments(moments))[0, :, :height, :width]
+    return Passed(moments[0, : first_stage.latent_channels].cpu(), decoded.clamp(-1, 1).float().cpu())
+
+
+def beside(original: Tensor, other: Tensor, times: float) -> bytes:
+    """A PNG of a picture `c h w`, its reconstruction, and the largest error of any channel, `times` times, on black.
+
+    White is an error of the whole range over `times`, or more; of more than four channels the first three are shown.
+    """
+    error = ((original - other).abs().amax(0, keepdim=True) * times - 1).clamp(-1, 1)
+    panes = [pane if len(pane) <= 4 else pane[:3] for pane in (original, other)]
+    channels = len(panes[0])
+    mapped = error.expand(channels - (channels in (2, 4)), -1, -1)
+    opaque = torch.ones_like(error)[: channels in (2, 4)]
+    text = f"a picture, its reconstruction, and the largest error of any channel times {times:g}"
+    return to_png(grid([*panes, torch.cat([mapped, opaque])], 3), {"Description": text})
+
+
+def as_stored(picture: Tensor, source: Picture, values: Range | None, tiff: bool) -> tuple[str, bytes]:
+    """Suffix and bytes of a picture `c h w` in [-1, 1] in the sample type, and by the range, of its `source`.
+
+    PNG where that can hold it and the source is no `tiff`, else TIFF.
+    """
+    if values is not None and source.samples is not None:
+        return "tiff", tiff_of(values.to_values(picture, source.samples))
+    dtype = source.array.dtype
+    if not tiff and dtype == np.uint8 and len(picture) <= 4:
+        return "png", to_png(picture)
+    if not tiff and dtype == np.uint16 and len(picture) == 1:
+        return "png", to_png(picture, depth=16)
+    return "tiff", tiff_of(to_samples(picture, dtype))
 
 
 def psnr(original: Tensor, other: Tensor) -> float:
