@@ -80,10 +80,10 @@ SAMPLERS = {
     ),
     "dpm++3m_sde": SamplerEntry(
         partial(multistep, order=3, midpoint=True, eta=1.0),
-        3,
+        2,
         1,
         True,
-        "dpm++2m_sde of third order (k-diffusion), with the whole weight of the second derivative",
+        "dpm++2m_sde with one point more (k-diffusion), the whole weight of the second derivative; noise keeps order 2",
         "the best pictures of latent models, from 30 steps on",
         ("DPM++ 3M SDE", "dpmpp_3m_sde", "dpmpp_3m_sde_gpu"),
         ETA,

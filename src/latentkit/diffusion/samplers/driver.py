@@ -87,7 +87,8 @@ Allowed = tuple[float, float] | tuple[str, ...]
 class SamplerEntry(NamedTuple):
     """A sampler's line in the table.
 
-    `order` is that of convergence for smooth data between two finite sigmas, the start known; `evaluations` those of
+    `order` is that of convergence for smooth data between two finite sigmas, the start known (of a stochastic sampler,
+    that of its variance), and 0 where more steps alone do not bring it nearer; `evaluations` are those of
     one interval between two positive sigmas. `names` are the peers' (A1111, ComfyUI, diffusers). `options` are the
     keyword options that it takes, each with its lowest and highest value or its allowed words.
     """

@@ -90,7 +90,7 @@ SAMPLERS = {
     ),
     "lcm": SamplerEntry(
         lcm,
-        1,
+        0,
         1,
         True,
         "Song et al. 2023, algorithm 1; Luo et al. 2023",

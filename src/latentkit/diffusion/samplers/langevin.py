@@ -48,7 +48,7 @@ def predictor_corrector(walk: Walk, x: Tensor, snr: float = 0.16) -> Tensor:
 SAMPLERS = {
     "langevin": SamplerEntry(
         annealed,
-        1,
+        0,
         5,
         True,
         "Song & Ermon 2019 (NCSN), algorithm 1; evaluations are the inner steps",
