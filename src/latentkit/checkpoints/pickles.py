@@ -167,9 +167,9 @@ class _Machine:
         self.place += count
         return self.program[self.place - count : self.place]
 
-    def line(self) -> str:
+    def line(self, encoding: str = "utf-8") -> str:
         end = self.program.index(b"\n", self.place)
-        text = self.program[self.place : end].decode()
+        text = self.program[self.place : end].decode(encoding)
         self.place = end + 1
         return text
 
@@ -239,7 +239,7 @@ class _Machine:
         elif op in raw:
             self.stack.append(self.take(self.unpack(raw[op])))
         elif op == 0x56:  # UNICODE
-            self.stack.append(self.line())
+            self.stack.append(self.line("raw-unicode-escape"))
         else:
             return False
         return True
