@@ -4,6 +4,7 @@ from latentkit.checkpoints.ldm_names import AUTOENCODER_RESIDUAL, Layers, leaves
 from latentkit.checkpoints.rename import Pair, paired
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.controlnet import ControlNet
 from latentkit.nets.unet import UNet, UNetConfig
 
 RESIDUAL = AUTOENCODER_RESIDUAL | {"embedding": "time_emb_proj", "skip": "conv_shortcut"}
@@ -16,7 +17,7 @@ VECTOR_EMBEDDINGS = ("add_embedding", "class_embedding")
 """Where the vector slot goes: in XL, and in unCLIP."""
 
 
-def unet_pairs(network: UNet, vector: str = "add_embedding") -> list[Pair]:
+def unet_pairs(network: UNet | ControlNet, vector: str = "add_embedding") -> list[Pair]:
     """Every parameter of the U-Net beside its name in UNet2DConditionModel, or UNet2DModel for plain attention.
 
     `vector` is one of `VECTOR_EMBEDDINGS`. Errors: InputError for what that layout cannot hold.

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from latentkit.checkpoints.rename import Pair, paired
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.controlnet import ControlNet
 from latentkit.nets.unet import UNet, UNetConfig
 
 UNET, FIRST_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -56,7 +57,7 @@ def transformer(ours: str, theirs: str, depth: int) -> Layers:
         yield from leaves(f"{ours}.blocks.{index}", f"{theirs}.transformer_blocks.{index}", TRANSFORMER_BLOCK)
 
 
-def unet_pairs(network: UNet, *, new_order: bool = False) -> list[Pair]:
+def unet_pairs(network: UNet | ControlNet, *, new_order: bool = False) -> list[Pair]:
     """Every parameter of the U-Net beside its released name, without `UNET` before it.
 
     `new_order` is the released code's `use_new_attention_order`: plain attention keeps all q before all k, instead of

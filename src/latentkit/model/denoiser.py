@@ -1,5 +1,6 @@
 """Denoiser: the U-Net inside its preconditioning; the only place where precisions meet."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -11,6 +12,7 @@ from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.diffusion.schedule import SIGMA_CAP, NoiseSchedule
 from latentkit.errors import InputError, nearest
 from latentkit.model.conditioning import Conditioning
+from latentkit.nets.controlnet import Control, residuals
 from latentkit.nets.unet import UNet, UNetConfig
 
 PredictionName = Literal["eps", "v", "x0", "flow", "edm", "score"]
@@ -43,22 +45,25 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, " b"],
         conditioning: Conditioning,
         perturbed: bool = False,
+        controls: Sequence[Control] = (),
     ) -> Float[Tensor, "b o h w"]:
-        """The U-Net's output at the noise levels `sigma` `b` (on the CPU), float32: F, or what `parts` takes apart."""
+        """The U-Net's output at the noise levels `sigma` `b` (on the CPU), float32: F, or what `parts` takes apart.
+
+        `controls` are ControlNets, whose hints lie in `conditioning.extras`.
+        """
         timestep = torch.from_numpy(self.schedule.to_timestep(sigma.double().numpy())).to(x.device, torch.float32)
         scaled = x.float() * self.prediction.c_in(sigma).to(x.device, torch.float32)[:, None, None, None]
+        dtype = self.unet.conv_in.weight.dtype
+        context, vector = (
+            None if slot is None else slot.to(dtype) for slot in (conditioning.context, conditioning.vector)
+        )
+        told = timestep, context, vector, conditioning.mask
+        added = {}
+        if controls:
+            added = {"residuals": residuals(controls, conditioning.extras, scaled.to(dtype), *told)}
         if conditioning.concat is not None:
             scaled = torch.cat([scaled, conditioning.concat.to(scaled)], dim=1)
-        dtype = self.unet.conv_in.weight.dtype
-        context, vector = conditioning.context, conditioning.vector
-        return self.unet(
-            scaled.to(dtype),
-            timestep,
-            None if context is None else context.to(dtype),
-            None if vector is None else vector.to(dtype),
-            conditioning.mask,
-            perturbed=perturbed,
-        ).float()
+        return self.unet(scaled.to(dtype), *told, perturbed=perturbed, **added).float()
 
     def parts(self, output: Float[Tensor, "b o h w"]) -> tuple[Tensor, Tensor | None]:
         """F `b c h w`, which the training loss compares with the target, and `Denoised.log_variance` if learned."""
@@ -73,19 +78,20 @@ class Denoiser(nn.Module):
         sigma: Float[Tensor, " b"],
         conditioning: Conditioning,
         perturbed: bool = False,
+        controls: Sequence[Control] = (),
     ) -> Float[Tensor, "b o h w"]:
         """The estimate of x0, and behind its channels `Denoised.log_variance` if learned."""
         rows = sigma.double()[:, None, None, None]
         skip, out = (f(rows).to(x.device, torch.float32) for f in (self.prediction.c_skip, self.prediction.c_out))
-        f, share = self.parts(self.network(x, sigma, conditioning, perturbed))
+        f, share = self.parts(self.network(x, sigma, conditioning, perturbed, controls))
         x0 = skip * x + out * f
         return x0 if share is None else torch.cat([x0, share], dim=1)
 
-    def bind(self, conditioning: Conditioning, perturbed: bool = False) -> Denoise:
+    def bind(self, conditioning: Conditioning, perturbed: bool = False, controls: Sequence[Control] = ()) -> Denoise:
         """The denoiser that samplers call, its conditioning fixed; `perturbed` as in `UNet`."""
 
         def denoise(x: Tensor, sigma: float) -> Denoised:
-            answer = self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed)
+            answer = self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed, controls)
             x0, *share = answer.split(x.shape[1], dim=1)
             return Denoised(x0, log_variance=share[0] if share else None)
 
