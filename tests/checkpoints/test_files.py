@@ -178,7 +178,11 @@ def test_pickles_are_refused_and_never_run(good: Path, tmp_path: Path) -> None:
     (tmp_path / "named.ckpt").write_bytes(good.read_bytes())
     for name in ("zip.safetensors", "raw.safetensors", "named.ckpt"):
         with pytest.raises(InputError, match="is a pickle"):
-            load(tmp_path / name)
+            load_model(tmp_path / name)
+    with pytest.raises(InputError, match=r"names '\w+\.mkdir'.*nothing was run"):
+        load(tmp_path / "zip.safetensors")
+    with pytest.raises(InputError, match="an old pickle"):
+        load(tmp_path / "raw.safetensors")
     assert not marker.exists()
 
 
