@@ -1,9 +1,8 @@
 """The report of a fit: what was found, how both stages learned, what the model draws and whether it copies."""
 
 import itertools
-import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from latentkit.data.pictures import to_png
 from latentkit.data.source import Item, Source, track
 from latentkit.evaluation import report
 from latentkit.evaluation.features import NETWORK, features
+from latentkit.evaluation.journal import curves, lines
 from latentkit.evaluation.kid import Kid, kid
 from latentkit.evaluation.neighbours import Memorisation, memorisation
 from latentkit.evaluation.reconstruction import reconstruction
@@ -180,7 +180,7 @@ def _first_stage(folder: Path, deviation: Tensor) -> str:
 def _second_stage(folder: Path) -> str:
     validation = {
         f"sigma {name.removeprefix('validation/sigma_')}": points
-        for name, points in _curves(folder).items()
+        for name, points in curves(folder / "metrics.jsonl").items()
         if name.startswith("validation/sigma_")
     }
     whole = {"training": _curve(folder, "loss"), "held out": _curve(folder, "validation/loss")}
@@ -188,8 +188,8 @@ def _second_stage(folder: Path) -> str:
         "Held-out pictures with fixed noise, by noise level. Where it rises while the training loss falls, the model "
         "begins to learn its pictures by heart: fewer steps or more pictures help."
     )
-    curves = report.beside(report.chart("loss", whole), report.chart("validation by noise level", validation, log=True))
-    return curves + report.paragraph(note)
+    charts = report.beside(report.chart("loss", whole), report.chart("validation by noise level", validation, log=True))
+    return charts + report.paragraph(note)
 
 
 def _neighbours(
@@ -236,39 +236,20 @@ def _plan(plan: FitPlan, run: Path) -> str:
     )
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON lines of a journal; a torn last one is left out."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
-
-
-def _curves(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Every value of metrics.jsonl by its name, as (step, value)."""
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for line in _lines(folder / "metrics.jsonl"):
-        for name, value in line.items():
-            if name != "step" and isinstance(value, int | float):
-                curves.setdefault(name, []).append((line["step"], value))
-    return curves
-
-
 def _curve(folder: Path, name: str) -> list[tuple[float, float]]:
-    return _curves(folder).get(name, [])
+    return curves(folder / "metrics.jsonl").get(name, [])
 
 
 def _last(folder: Path, name: str) -> dict[str, Any]:
     """The last line of metrics that holds `name`."""
-    return ([{}] + [line for line in _lines(folder / "metrics.jsonl") if line.get(name) is not None])[-1]
+    return ([{}] + [line for line in lines(folder / "metrics.jsonl") if line.get(name) is not None])[-1]
 
 
 def _spent(folder: Path) -> tuple[float, float]:
     """Seconds spent in steps, those repeated after a kill counted once, and pictures a second."""
     rates = {
         line["step"]: line["pictures_per_second"]
-        for line in _lines(folder / "timings.jsonl")
+        for line in lines(folder / "timings.jsonl")
         if line.get("pictures_per_second")
     }
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
