@@ -305,15 +305,20 @@ def test_focal_frequency_against_the_whole_spectrum(width: int) -> None:
     assert float(focal_frequency(a, a)) == 0
 
 
-def test_frozen_encoders_have_no_gradient_and_no_place_in_the_turn() -> None:
-    net = network()
+@pytest.mark.parametrize("kind", [{}, {"codes": 7}, {"levels": (3, 3, 3, 3)}])
+def test_frozen_encoders_have_no_gradient_and_no_place_in_the_turn(kind: dict[str, Any]) -> None:
+    net = network(**kind)
     made = AutoencoderObjective(net, ReconstructionLoss(), 1, frozen_encoder=True)
     names = [name for name, _ in made.turns()["autoencoder"]]
     assert {name.split(".")[0] for name in names} == {"from_latent", "decoder"}
-    loss, logs = made.loss("autoencoder", batch(), {})
+    codes = None if net.codebook is None else net.codebook.vectors.detach().clone()
+    shared: dict[str, Tensor] = {}
+    loss, logs = made.loss("autoencoder", batch(), shared)
     loss.backward()
+    made.settle("autoencoder", 9, {name: shared[name] for name in made.summed if name in shared}, shared)
+    assert net.codebook is None or torch.equal(net.codebook.vectors, codes)
     assert all(parameter.grad is None for parameter in net.encoder.parameters())
-    assert "kl" not in logs
+    assert not {"kl", "codes", "commitment"} & set(logs)
     assert F.mse_loss(net.decoder.conv_out.weight.grad, torch.zeros_like(net.decoder.conv_out.weight)) > 0
 
 
