@@ -10,7 +10,18 @@ from ideal import gaussian, gaussian_path, mixture
 from torch import Tensor
 
 from latentkit.diffusion.noise import PictureNoise
-from latentkit.diffusion.samplers.driver import Denoised, Noise, Point, Step, follow, invert, sample, split_name, table
+from latentkit.diffusion.samplers.driver import (
+    Denoised,
+    Noise,
+    Point,
+    Step,
+    Walk,
+    follow,
+    invert,
+    sample,
+    split_name,
+    table,
+)
 from latentkit.diffusion.schedule import SIGMA_CAP, NoiseSchedule
 from latentkit.diffusion.spacing import space
 from latentkit.errors import InputError
@@ -48,7 +59,7 @@ def test_the_table_says_what_a_person_chooses_by(name: str) -> None:
     entry = ENTRIES[name]
     assert entry.source
     assert entry.good_for
-    assert entry.order >= 1
+    assert 0 <= entry.order <= 4
     assert name == name.casefold()
     parameters = inspect.signature(entry.run).parameters
     for option, allowed in entry.options.items():
@@ -280,6 +291,39 @@ def test_noise_is_taken_relative_to_the_anchor() -> None:
     x0, anchor = torch.full_like(x, 0.4), torch.full_like(x, -0.2)
     (step,) = run("euler", lambda x, sigma: Denoised(x0, anchor), x, np.array([9.0, 4.0]), None)
     torch.testing.assert_close(step.x, x0 + 4 / 9 * (x - anchor))
+
+
+@pytest.mark.parametrize("name", ["dpm++2m", "dpm++3m", "unipc"])
+def test_rules_on_x0_step_from_the_anchor_as_euler_where_x0_stays(name: str) -> None:
+    _, x = start(1)
+    answer = Denoised(torch.full_like(x, 0.4), torch.full_like(x, -0.2))
+    ends = [run(each, lambda x, sigma: answer, x, fall(6), None)[-1].x for each in (name, "euler")]
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
+
+
+def test_a_spare_latent_is_none_that_is_needed() -> None:
+    walk, x = Walk(bent, fall(3), None), torch.zeros(1, 1, 1, 1)
+    walk.enter(0, 9.0, 4.0, x)
+    first = walk.spare()
+    assert walk.spare() is first
+    walk.remember(first, 2)
+    walk.held = second = walk.spare()
+    third = walk.spare()
+    assert walk.spare(third) is not third
+    walk.enter(1, 4.0, 1.0, third)
+    assert all(walk.spare() is not taken for taken in (x, first, second, third))
+    walk.forget(0)
+    assert walk.spare() is first
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_a_denoiser_may_return_its_input(name: str) -> None:
+    noise, x = start(7)
+    same, copied = (run(name, denoise, x, fall(6), noise) for denoise in (
+        lambda x, sigma: Denoised(x), lambda x, sigma: Denoised(x.clone())))  # fmt: skip
+    for a, b in zip(same, copied, strict=True):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.x0, b.x0)
 
 
 @pytest.mark.parametrize("name", [name for name, entry in ENTRIES.items() if not entry.stochastic])

@@ -75,6 +75,14 @@ def test_ddpms_variances_are_the_posteriors_and_the_forward_steps() -> None:
         assert ddpm_variance(share) == ddpm_variance(share, variance="large") == pytest.approx(learned, rel=1e-12)
 
 
+@pytest.mark.parametrize("options", [{}, {"variance": "large"}])
+@pytest.mark.parametrize("share", [None, 0.5])
+def test_ddpm_draws_no_noise_into_zero(options: dict[str, str], share: float | None) -> None:
+    answer = Denoised(0.3 * UNIT, log_variance=None if share is None else share * UNIT)
+    (step,) = sample("ddpm", lambda x, sigma: answer, UNIT, np.array([SIGMA, 0.0]), Fixed(1.0), **options)
+    assert step.x.item() == 0.3
+
+
 def test_lcm_draws_the_whole_level_anew() -> None:
     assert one("lcm", lambda x, sigma: Denoised(0.3 * UNIT), 77.0, 1.5) == pytest.approx(0.3 + 1.5 * AFTER)
 
@@ -112,6 +120,15 @@ def test_one_datum_is_approached_on_one_path_whatever_the_steps(name: str) -> No
 def test_signal_and_noise_add_up_to_the_next_level(name: str, eta: float) -> None:
     kept, fresh = one(name, at_zero, SIGMA, 0.0, eta=eta), one(name, at_zero, 0.0, 1.0, eta=eta)
     assert kept**2 + fresh**2 == pytest.approx(AFTER**2, rel=1e-12)
+
+
+def test_without_noise_the_path_through_the_middle_is_that_of_2s() -> None:
+    x, sigmas = 9 * torch.randn(3, 2, 2, 2, dtype=torch.float64), np.array([9.0, 4.0, 1.0, 0.3, 0.0])
+    ends = []
+    for name in ("dpm++sde", "dpm++2s_ancestral"):
+        *_, last = sample(name, gaussian(0.3, 0.7), x, sigmas, None, eta=0.0)
+        ends.append(last.x)
+    torch.testing.assert_close(*ends, rtol=1e-13, atol=1e-13)
 
 
 def test_the_noise_on_the_way_to_the_middle_is_of_the_same_path() -> None:
@@ -179,6 +196,31 @@ def test_the_adaptive_rule_keeps_its_tolerance_and_pays_for_it(order: int) -> No
     assert errors[1] < 0.02
     assert paid[1] > paid[0]
     assert all(evaluations % order == 0 for evaluations in paid)
+
+
+def hard_below(row: int) -> Denoise:
+    """Points of 0 for rows from `row` on, three bumps for those before."""
+
+    def denoise(x: Tensor, sigma: float) -> Denoised:
+        return Denoised(torch.cat([torch.tanh(9 * x[:row]) * torch.cos(3 * x[:row]), 0 * x[row:]]))
+
+    return denoise
+
+
+def test_the_worst_picture_of_a_batch_sets_the_adaptive_step() -> None:
+    sigmas, x = np.array([9.0, 0.05]), torch.linspace(1, 9, 8, dtype=torch.float64)[:, None, None, None]
+    *_, alone = sample("dpm_adaptive", hard_below(1), x[:1], sigmas, None)
+    *_, together = sample("dpm_adaptive", hard_below(1), x, sigmas, None)
+    assert together.evaluations == alone.evaluations
+    torch.testing.assert_close(together.x[:1], alone.x, rtol=1e-12, atol=1e-12)
+
+
+def test_the_adaptive_stride_goes_on_in_the_next_interval() -> None:
+    paid = []
+    for sigmas in (np.array([9.0, 0.05]), np.geomspace(9.0, 0.05, 4)):
+        *_, last = sample("dpm_adaptive", gaussian(0.3, 0.7), 9 * UNIT, sigmas, None)
+        paid.append(last.evaluations)
+    assert paid[0] < paid[1] <= paid[0] + 2 * 3
 
 
 def test_the_adaptive_rule_rejects_a_step_that_is_too_long() -> None:

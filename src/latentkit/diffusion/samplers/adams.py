@@ -23,7 +23,7 @@ def ipndm(walk: Walk, x: Tensor, order: int = 4) -> Tensor:
 
 def plms(walk: Walk, x: Tensor) -> Tensor:
     """`ipndm` begun by a trapezoid, which costs one evaluation more (Liu et al. 2022, as released with the paper)."""
-    if walk.past or not walk.after:
+    if walk.past:
         return ipndm(walk, x)
     x, x0 = walk.estimate(x)
     walk.remember(torch.sub(x, x0, out=walk.spare(x, x0)), 3)

@@ -6,7 +6,6 @@ interval that begins at `SIGMA_CAP`, which is one first-order step and enters no
 but those of `Walk.spare`; a denoiser writes into none that it has returned.
 """
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -213,7 +212,7 @@ def follow(
     for i, (sigma, after) in enumerate(itertools.pairwise(walk.sigmas)):
         walk.enter(i, sigma, after, x)
         if sigma >= SIGMA_CAP:
-            down, up = ancestral(sigma, after, options.get("eta", _default(entry, "eta", float(entry.stochastic))))
+            down, up = ancestral(sigma, after, options.get("eta", float(entry.stochastic)))
             x = walk.mix(*walk.estimate(x), down / sigma, up)
         else:
             x = entry.run(walk, x, **options)
@@ -249,11 +248,6 @@ def invert(denoise: Denoise, x: Tensor, sigmas: np.ndarray) -> Iterator[Step]:
     if not (sigmas[0] > 0 and np.all(np.diff(sigmas) > 0)):
         raise InputError("inversion goes up rising sigmas that begin above 0; turn the spacing round, without its 0")
     return follow(table()["euler"], denoise, x, sigmas, None)
-
-
-def _default(entry: SamplerEntry, option: str, otherwise: float) -> float:
-    parameter = inspect.signature(entry.run).parameters.get(option)
-    return otherwise if parameter is None else parameter.default
 
 
 def _check(entry: SamplerEntry, options: Mapping[str, Any], name: str) -> None:

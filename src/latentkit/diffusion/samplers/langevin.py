@@ -41,7 +41,7 @@ def predictor_corrector(walk: Walk, x: Tensor, snr: float = 0.16) -> Tensor:
     noise = walk.fresh("corrector")
     away = torch.sub(x0, x, out=walk.spare(x, x0))
     noise_norm, norm = (each.flatten(1).norm(dim=1)[:, None, None, None] for each in (noise, away))
-    length = torch.clamp(snr * after * noise_norm / norm.clamp_min(torch.finfo(norm.dtype).tiny), max=MOST)
+    length = torch.clamp(snr * after * noise_norm / norm, max=MOST)
     return torch.addcmul(x, away, 2 * length**2, out=away).addcmul_(noise, length, value=2 * after)
 
 
