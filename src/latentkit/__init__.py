@@ -8,7 +8,7 @@ for event in latentkit.generate(model, latentkit.TextToImage(prompt="red heart",
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from latentkit.applications.attachment import Attachment, Guide
+    from latentkit.applications.attachment import Attachment, Guide, WeightsFile
     from latentkit.applications.generate import Progress, Result, draw, generate, replay
     from latentkit.applications.request import (
         ClassToImage,
@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "latentkit.applications.generate": ("Progress", "Result", "draw", "generate", "replay"),
-    "latentkit.applications.attachment": ("Attachment", "Guide"),
+    "latentkit.applications.attachment": ("Attachment", "Guide", "WeightsFile"),
     "latentkit.applications.request": (
         "ClassToImage",
         "ImageToImage",
@@ -54,6 +54,7 @@ __all__ = [  # noqa: RUF022
     "Inpainting",
     "Attachment",
     "Guide",
+    "WeightsFile",
     "InputError",
 ]
 

@@ -11,16 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny import tiny_model
 
 import latentkit
 from latentkit import cli
 from latentkit.applications.metadata import chunks, read
 from latentkit.checkpoints import files
+from latentkit.checkpoints.controlnet_names import controlnet_pairs
 from latentkit.checkpoints.files import save_model
+from latentkit.checkpoints.lora_files import write_lora
+from latentkit.checkpoints.rename import given
 from latentkit.cli.output import show, slug, write_new
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError
+from latentkit.nets.controlnet import ControlNet
+from latentkit.nets.lora import Change
 
 Run = Callable[..., int]
 
@@ -194,6 +200,34 @@ def test_inpainting_and_its_replay(run: Run, capsys: pytest.CaptureFixture[str])
     assert (request.width, request.extend, request.paste) == (40, (8, 0, 0, 0), False)
 
 
+def test_a_lora_and_a_controlnet_and_their_replay(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    network = tiny_model()
+    weight = network.denoiser.unet.down[0].blocks[0].residual.conv_in.weight
+    change = Change(torch.ones(1, *weight.shape[1:]), torch.ones(len(weight), 1, 1, 1) * 0.1)
+    write_lora("style.safetensors", network, {"denoiser.unet.down.0.blocks.0.residual.conv_in.weight": change})
+    control = ControlNet(network.architecture.network)
+    save_file(given(controlnet_pairs(control, "ldm"), control.state_dict()), "edges.safetensors")
+    Path("hint.png").write_bytes(to_png(torch.zeros(3, 16, 16)))
+    options = ("--lora", "style.safetensors:0.5", "--lora", "style.safetensors")
+    assert run("generate", "cat", *M, "--seed", "1", *options, "--control", "edges.safetensors:hint.png:0.8") == 0
+    request = read(Path("out/cat-1.png").read_bytes(), "x").request
+    assert [weight for _, weight in request.lora or ()] == [0.5, 1.0]
+    assert [weight for _, _, weight in request.control or ()] == [0.8]
+    capsys.readouterr()
+    given_ = []
+    for wanted, option, value in (
+        ("needs the hint picture", "--hint", "hint.png"),
+        ("needs the LoRA whose file has", "--lora", "style.safetensors"),
+        ("needs the ControlNet whose file has", "--control", "edges.safetensors"),
+    ):
+        assert run("replay", "out/cat-1.png", *M, *given_) == 2
+        assert wanted in capsys.readouterr().err
+        given_ += [option, value]
+    assert run("replay", "out/cat-1.png", *M, *given_) == 0
+    assert run("replay", "out/cat-1.png", *M, "--lora", "edges.safetensors") == 2
+    assert "edges.safetensors is no lora of out/cat-1.png: its sha256 is" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -208,6 +242,8 @@ def test_inpainting_and_its_replay(run: Run, capsys: pytest.CaptureFixture[str])
         (["generate", "x", *M, "--also", "y:1000"], 2, "also.0.1: must be at most 100"),
         (["generate", "x", *M, "--guidance-model", "tiny.safetensor"], 2, "did you mean 'tiny.safetensors'"),
         (["generate", "x", *M, "--init", "none.png"], 2, "none.png: cannot be read"),
+        (["generate", "x", *M, "--lora", "none.pt:0.5"], 2, "none.pt: cannot be read"),
+        (["generate", "x", *M, "--control", "a.safetensors"], 2, "is not FILE:HINT.png"),
         (["generate", "x", *M, "--extend", "8,8"], 2, "not LEFT,TOP,RIGHT,BOTTOM"),
         (["generate", "x", *M, "-o", "tiny.safetensors"], 2, "pictures cannot go to tiny.safetensors"),
         (["generate", "x", "-m", "broken.safetensors"], 1, "truncated"),

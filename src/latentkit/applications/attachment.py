@@ -13,6 +13,7 @@ import torch
 from pydantic import PlainSerializer, PlainValidator
 
 from latentkit.checkpoints.files import Model, load
+from latentkit.checkpoints.layouts import digest_of
 from latentkit.data.pictures import Picture, decode
 from latentkit.errors import InputError
 
@@ -55,6 +56,24 @@ class Guide:
         return Guide(model.digest, model)
 
 
+@dataclass(frozen=True)
+class WeightsFile:
+    """A LoRA or a ControlNet of a request: the sha256 of its file, where it lies, and what was read there."""
+
+    digest: str
+    path: Path | None = field(default=None, compare=False, repr=False)
+    content: Any = field(default=None, compare=False, repr=False)
+
+    @staticmethod
+    def read(path: str | Path) -> "WeightsFile":
+        """The file (or diffusers folder) there, its content yet unread; InputError where there is none."""
+        path = Path(path)
+        try:
+            return WeightsFile(digest_of(path), path)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
+
+
 def _by_digest(kind: type[T], how: str) -> PlainValidator:
     """What takes a value of `kind`, or makes one of its digest; `how` says what else was to be given."""
 
@@ -70,4 +89,7 @@ def _by_digest(kind: type[T], how: str) -> PlainValidator:
 
 _DIGEST = PlainSerializer(lambda value: value.digest)
 Attached = Annotated[Attachment, _by_digest(Attachment, "a picture is given as Attachment.read(path)"), _DIGEST]
+Weights = Annotated[
+    WeightsFile, _by_digest(WeightsFile, "a file of weights is given as WeightsFile.read(path)"), _DIGEST
+]
 Guiding = Annotated[Guide, _by_digest(Guide, "a model is given as Guide.read(path)"), _DIGEST]

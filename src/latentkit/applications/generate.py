@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkit.applications import image_to_image, inpaint
+from latentkit.applications.adapters import opened, wearing, within
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import OPTIONS, Request, ask, known, resolve, told
@@ -82,8 +83,9 @@ def generate(
     asked = [requests] if isinstance(requests, Request) else list(requests)
     defaults = model.provenance.get("defaults", {})
     jobs: list[Request] = []
+    held: dict[str, Any] = {}
     for request in asked:
-        full = resolve(request, model.network, defaults)
+        full = opened(resolve(request, model.network, defaults), model.network, held)
         _warn_of_cuts(model.network, full)
         if (last := known(full.seed) + count - 1) >= 2**63:
             raise InputError(f"seeds {full.seed} to {last} asked for; allowed are 0 to {2**63 - 1}", exit_code=2)
@@ -108,7 +110,7 @@ def _warn_of_cuts(network: LatentDiffusion, request: Request) -> None:
 
 def replay(model: Model, record: Record) -> Iterator[Progress | Result]:
     """Draw the picture of a record again, in a batch of the size that it was drawn in."""
-    request = resolve(record.request, model.network, {})
+    request = opened(resolve(record.request, model.network, {}), model.network, {})
     model = model._replace(name=record.model) if model.digest == record.digest else model
     for event in _draw(model, dict.fromkeys(range(record.batch), request), 0.0, 1.0):
         if isinstance(event, Progress) or event.number == record.row:
@@ -169,10 +171,12 @@ def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[t
     first = requests[0]
     shape = network.latent_shape(known(first.height), known(first.width))
     noise = PictureNoise([known(request.seed) for request in requests], shape)
-    plan = APPLICATIONS[known(first.task)](network, requests, noise)
+    worn = wearing(network, first)
+    with worn:
+        plan = APPLICATIONS[known(first.task)](network, requests, noise)
     steps, x = len(plan.sigmas) - 1, plan.x
     options = {name: value for name in OPTIONS if (value := getattr(first, name)) is not None}
-    walk = sample(known(first.sampler), plan.denoise, x, plan.sigmas, noise, **options)
+    walk = sample(known(first.sampler), within(worn, plan.denoise), x, plan.sigmas, noise, **options)
     for number, step in enumerate(walk, start=1):
         x = step.x
         yield number, steps, step.x0, step.evaluations

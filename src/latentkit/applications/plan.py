@@ -1,6 +1,7 @@
 """Plan: a batch of requests prepared for the sampler, and what every application prepares alike."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,13 +10,14 @@ from torch import Tensor
 
 from latentkit.applications.attachment import Guide
 from latentkit.applications.request import Request, known
-from latentkit.data.pictures import resize
+from latentkit.data.pictures import resize, to_tensor
 from latentkit.diffusion import guidance
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import Denoise
 from latentkit.diffusion.spacing import space
 from latentkit.model.conditioning import Conditioning, merge
 from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.nets.controlnet import HINT_CELL, Control
 
 
 class Plan(NamedTuple):
@@ -68,18 +70,20 @@ def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Condit
     `beside` is what it is told beside words, whatever it is guided by: rows of its concat slot.
     """
     first, count = requests[0], len(requests)
-    always = beside or Conditioning()
+    controls, hints = _controlled(network, first, count)
+    bind = partial(network.denoiser.bind, controls=controls)
+    always = merge([beside or Conditioning(), hints])
     asked = _told(network, requests)
     told = [merge([network.condition(asked, count), always])]
     for words, _ in first.also or ():
         name = "text" if "text" in network.conditioners else "label"
         told.append(merge([network.condition({**asked, name: [words] * count}, count), always]))
-    alone = network.denoiser.bind(told[0])
+    alone = bind(told[0])
     steered = first.guidance_scale != 1 or first.guidance_kind == "cfg++"
     pair = guidance.itself(alone)
     if first.also or (steered and first.guidance_model is None):
         weights = (1.0, *(weight for _, weight in first.also or ()))
-        joint = network.denoiser.bind(Conditioning.cat([merge([_absent(network, requests), always]), *told]))
+        joint = bind(Conditioning.cat([merge([_absent(network, requests), always]), *told]))
         pair = guidance.together(joint, weights)
     if first.also:
         alone = guidance.positive(pair)
@@ -88,14 +92,27 @@ def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Condit
     denoise = alone
     if steered or first.pag_scale:
         interval = known(first.guidance_low), known(first.guidance_high)
-        denoise = guidance.guide(pair, alone, _rule(network, first, told[0]), interval)
+        denoise = guidance.guide(pair, alone, _rule(network, first, partial(bind, told[0], True)), interval)
     if first.threshold is None:
         return denoise
     return guidance.thresholded(denoise, first.threshold, network.first_stage.decode, network.first_stage.encode)
 
 
-def _rule(network: LatentDiffusion, request: Request, told: Conditioning) -> guidance.Rule:
-    """How the request wants two estimates made one."""
+def _controlled(network: LatentDiffusion, request: Request, count: int) -> tuple[list[Control], Conditioning]:
+    """The request's ControlNets, and `count` rows of their hints."""
+    controls, hints = [], {}
+    _, height, width = network.latent_shape(known(request.height), known(request.width))
+    for number, (file, attached, weight) in enumerate(request.control or ()):
+        name, net = f"hint{number}", known(file.content)
+        pixels = to_tensor(known(attached.picture), net.hint_channels)
+        pixels = (covered(pixels, HINT_CELL * height, HINT_CELL * width) + 1) / 2
+        hints[name] = pixels.expand(count, -1, -1, -1).to(network.first_stage.latent_mean.device)
+        controls.append(Control(net, name, weight))
+    return controls, Conditioning(extras=hints)
+
+
+def _rule(network: LatentDiffusion, request: Request, disturbed: Callable[[], Denoise]) -> guidance.Rule:
+    """How the request wants two estimates made one; `disturbed` makes the model with its attention perturbed."""
     scale = known(request.guidance_scale)
     rule = guidance.linear(scale)
     if request.guidance_kind == "cfg++":
@@ -103,7 +120,7 @@ def _rule(network: LatentDiffusion, request: Request, told: Conditioning) -> gui
     elif request.guidance_kind == "apg":
         rule = guidance.projected(scale, sigmas_of(network, request))
     if request.pag_scale:
-        rule = guidance.perturbed(rule, network.denoiser.bind(told, perturbed=True), request.pag_scale)
+        rule = guidance.perturbed(rule, disturbed(), request.pag_scale)
     return guidance.rescaled(rule, request.guidance_rescale) if request.guidance_rescale else rule
 
 

@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from latentkit.applications.attachment import Attached, Attachment, Guide, Guiding
+from latentkit.applications.attachment import Attached, Attachment, Guide, Guiding, Weights
 from latentkit.checkpoints.files import invalid
 from latentkit.diffusion.samplers.driver import split_name, table
 from latentkit.diffusion.spacing import space
@@ -58,6 +58,10 @@ Weight = Annotated[float, Field(ge=-100, le=100)]
 Weighted = Annotated[tuple[tuple[Words, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=8)]
 
 
+Loras = Annotated[tuple[tuple[Weights, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=16)]
+Controls = Annotated[
+    tuple[tuple[Weights, Attached, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=8)
+]
 Side = Annotated[int, Field(ge=0, le=8192)]
 Sides = Annotated[tuple[Side, Side, Side, Side], BeforeValidator(_pairs)]
 
@@ -112,6 +116,10 @@ class Request(BaseModel):
     """Pixels that inpainting adds to the init picture at its left, top, right and bottom, instead of a mask."""
     paste: bool | None = None
     """The kept pixels are the init picture's own; without, they have passed the first stage."""
+    lora: Loras | None = None
+    """LoRAs, each with its weight, put on the model one after another."""
+    control: Controls | None = None
+    """ControlNets, each with its hint picture and its weight."""
 
 
 def ask(**fields: Any) -> Request:
@@ -255,8 +263,8 @@ def _check(request: Request, network: LatentDiffusion) -> None:
 
 def _check_pictures(request: Request, network: LatentDiffusion) -> None:
     """Every rule of the pictures that a request starts from."""
-    for name in PICTURES:
-        attached = getattr(request, name)
+    hints = [("hint", hint) for _, hint, _ in request.control or ()]
+    for name, attached in [*((name, getattr(request, name)) for name in PICTURES), *hints]:
         if attached is not None and attached.picture is None:
             missing = f"the {name} picture whose pixels have the sha256 {attached.digest[:16]}..."
             raise InputError(f"the request needs {missing}; give its file", exit_code=2)

@@ -52,6 +52,10 @@ def generate(
         bool, typer.Option("--paste/--no-paste", help="Inpainting keeps the very pixels outside of the mask.")
     ] = True,
     strength: Annotated[float | None, typer.Option(help="Share of the path done again from --init, 0 to 1.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT, a LoRA to put on; repeatable.")] = None,
+    control: Annotated[
+        list[str] | None, typer.Option(help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet; repeatable.")
+    ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One at a time: a batch equals its singles bit by bit.")
     ] = False,
@@ -91,6 +95,8 @@ def generate(
         "mask": Attachment.read(mask) if mask else None,
         "extend": _sides(extend),
         "paste": None if paste else False,
+        "lora": [_lora(text) for text in lora] if lora else None,
+        "control": [_control(text) for text in control] if control else None,
     }
     requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
     loaded = load(model)
@@ -134,6 +140,25 @@ def _sides(text: str | None) -> list[int] | None:
         wanted = "is not LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,64,0"
         raise InputError(f"extend {text!r} {wanted}", exit_code=2)
     return sides
+
+
+def _lora(text: str) -> list[object]:
+    """File and weight of "style.safetensors:0.8"."""
+    from latentkit.applications.attachment import WeightsFile
+
+    path, weight = _weighted(text)
+    return [WeightsFile.read(str(path)), weight]
+
+
+def _control(text: str) -> list[object]:
+    """File, hint and weight of "canny.safetensors:edges.png:0.8"."""
+    from latentkit.applications.attachment import Attachment, WeightsFile
+
+    both, weight = _weighted(text)
+    path, _, hint = str(both).rpartition(":")
+    if not path or not hint:
+        raise InputError(f"control {text!r} is not FILE:HINT.png or FILE:HINT.png:WEIGHT", exit_code=2)
+    return [WeightsFile.read(path), Attachment.read(hint), weight]
 
 
 def _weighted(text: str) -> list[object]:

@@ -8,7 +8,7 @@ import typer
 from latentkit.errors import InputError
 
 if TYPE_CHECKING:
-    from latentkit.applications.attachment import Attachment, Guide
+    from latentkit.applications.attachment import Attachment, Guide, WeightsFile
     from latentkit.applications.metadata import Record
 
 LARGEST = 1 << 28
@@ -20,6 +20,9 @@ def replay(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model that drew it, unless shipped.")] = None,
     init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image, inpainting).")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask of its inpainting.")] = None,
+    lora: Annotated[list[Path] | None, typer.Option(help="A LoRA that it was drawn with; repeatable.")] = None,
+    control: Annotated[list[Path] | None, typer.Option(help="A ControlNet that it was drawn with; repeatable.")] = None,
+    hint: Annotated[list[Path] | None, typer.Option(help="The picture of a ControlNet; repeatable.")] = None,
     guidance_model: Annotated[str | None, typer.Option(help="The guidance model that it was drawn with.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture.")] = Path("out"),
 ) -> None:
@@ -31,7 +34,7 @@ def replay(
 
     import torch
 
-    from latentkit.applications.attachment import Attachment, Guide
+    from latentkit.applications.attachment import Attachment, Guide, WeightsFile
     from latentkit.applications.generate import replay as run
     from latentkit.applications.metadata import read
     from latentkit.checkpoints.files import load, shipped
@@ -57,6 +60,10 @@ def replay(
             raise InputError(
                 f"{picture} was drawn from {other} ({digest}); give it with --{field} PICTURE", exit_code=2
             )
+    for field, place, files in (("lora", 0, lora), ("control", 0, control), ("control", 1, hint)):
+        for path in files or ():
+            given = Attachment.read(path) if place else WeightsFile.read(path)
+            record = _among(record, field, place, given, f"{path} is no {'hint' if place else field} of {picture}")
     if model is None and record.model not in shipped():
         raise InputError(f"{picture} was drawn by {record.model!r}, which is not shipped; give it with -m", exit_code=2)
     there = record.machine
@@ -91,6 +98,19 @@ def _given(record: "Record", field: str, given: "Attachment | Guide", name: str,
         got = f"{name} is not the {field.replace('_', ' ')} of {picture}"
         raise InputError(f"{got}: its sha256 is {given.digest[:16]}, wanted is {kept}", exit_code=2)
     return record.model_copy(update={"request": record.request.model_copy(update={field: given})})
+
+
+def _among(record: "Record", field: str, place: int, given: "Attachment | WeightsFile", wrong: str) -> "Record":
+    """The record with `given` at a `place` of those entries of a field that name it by its digest."""
+    entries = getattr(record.request, field) or ()
+    if all(entry[place] != given for entry in entries):
+        kept = ", ".join(entry[place].digest[:16] for entry in entries) or "none"
+        raise InputError(f"{wrong}: its sha256 is {given.digest[:16]}, wanted is {kept}", exit_code=2)
+    filled = tuple(
+        tuple(given if number == place and part == given else part for number, part in enumerate(entry))
+        for entry in entries
+    )
+    return record.model_copy(update={"request": record.request.model_copy(update={field: filled})})
 
 
 def _bytes(path: Path) -> bytes:

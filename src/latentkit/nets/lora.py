@@ -95,12 +95,22 @@ class Adapted:
             if like.ndim == 4 and like.is_contiguous(memory_format=layout):
                 changed[name] = changed[name].contiguous(memory_format=layout)
         self._own = {name: parameters[name].data for name in changed}
+        self._changed = changed
         self._parameters = parameters
-        for name, weight in changed.items():
-            parameters[name].data = weight
+        self.put_on()
+
+    def put_on(self) -> None:
+        """Let the network compute with the changed weights, as it does from the start."""
+        for name, weight in self._changed.items():
+            self._parameters[name].data = weight
 
     def remove(self) -> None:
         """Give the network its own weights back, the same tensors as before."""
         for name, weight in self._own.items():
             self._parameters[name].data = weight
-        self._own = {}
+
+    def __enter__(self) -> None:
+        self.put_on()
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
