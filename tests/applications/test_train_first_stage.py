@@ -1,6 +1,7 @@
 """Training a first stage from a recipe: with its own perceptual network, a critic, from another's weights."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,10 @@ def test_with_an_own_perceptual_network_and_a_critic(pictures: Path, tmp_path: P
     assert {name.split(".")[0] for name in load_autoencoder(path).state_dict()} <= {
         "autoencoder", "latent_mean", "latent_std"
     }, "no critic in the model"  # fmt: skip
-    before = path.read_bytes()
-    assert train(recipe(pictures, loss=loss, checkpointing=True), tmp_path / "run").read_bytes() == before
+    shutil.copytree(tmp_path / "run" / "perceptual", tmp_path / "killed" / "perceptual")
+    shutil.copy(tmp_path / "run" / "recipe.yaml", tmp_path / "killed")
+    again = train(recipe(pictures, loss=loss, checkpointing=True), tmp_path / "killed")
+    assert again.read_bytes() == path.read_bytes(), "also where it was killed between its features and its first step"
 
 
 def test_a_decoder_alone_goes_on_from_another_run(pictures: Path, plain: Path, tmp_path: Path) -> None:
@@ -96,6 +99,7 @@ def test_what_does_not_fit_is_refused(pictures: Path, plain: Path, tmp_path: Pat
     for asked, message in (
         (recipe(pictures, start=str(plain), network=network), r"holds an autoencoder of .*multipliers=\(1, 2\)"),
         (recipe(pictures, start="nothing.safetensors"), "nothing.safetensors"),
+        (recipe(pictures, loss={"perceptual": {"network": "vgg16", "weights": "a", "heads": "b"}}), "no file 'a'"),
         (recipe(pictures, loss={"adversarial": {"start": 2}}), "at least 24 px a side; the smallest here are 16"),
     ):
         with pytest.raises(InputError, match=message):

@@ -22,7 +22,7 @@ from latentkit.training import distributed
 from latentkit.training.autoencoder import AutoencoderObjective
 from latentkit.training.ema import Averaging
 from latentkit.training.optimizers import Optimiser
-from latentkit.training.perceptual import FeatureObjective, read_distance
+from latentkit.training.perceptual import FeatureObjective, Perceptual, read_distance
 from latentkit.training.recipe import AutoencoderRecipe, resolved
 from latentkit.training.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
@@ -55,16 +55,22 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     if recipe.start is not None:
         _begin(autoencoder, recipe.start)
     autoencoder.set_checkpointing(recipe.checkpointing)
-    world = distributed.join(distributed.pick_device(recipe.schedule.device))
+    device = distributed.pick_device(recipe.schedule.device)
+    world = distributed.join(device)
     order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
     loader = Loader(train, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
+    seen = recipe.loss.perceptual
+    distance = read_distance(seen) if seen and seen.network != "own" else None
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
+        if seen and seen.network == "own":
+            distance = _own_perceptual(recipe, seen, loader, folder)
+            torch.manual_seed(recipe.seed)  # the critic is the same, whether features were trained just now or before
         trainer = Trainer(
             AutoencoderObjective(
                 autoencoder,
                 recipe.loss,
                 recipe.seed,
-                perceptual=_perceptual(recipe, loader, folder),
+                perceptual=distance.to(device) if distance else None,
                 frozen_encoder=recipe.frozen_encoder,
             ),
             loader.batches,
@@ -102,14 +108,10 @@ def _begin(autoencoder: Autoencoder, start: str) -> None:
     autoencoder.load_state_dict(given.state_dict())
 
 
-def _perceptual(recipe: AutoencoderRecipe, loader: Loader, folder: Path) -> PerceptualDistance | None:
-    """The network of the loss's perceptual part; our own is trained on the pictures first, as a run within the run."""
-    settings = recipe.loss.perceptual
-    if settings is None:
-        return None
-    device = distributed.pick_device(recipe.schedule.device)
-    if settings.network != "own":
-        return read_distance(settings).to(device)
+def _own_perceptual(
+    recipe: AutoencoderRecipe, settings: Perceptual, loader: Loader, folder: Path
+) -> PerceptualDistance:
+    """The loss's perceptual network, trained on the pictures as a run within the run."""
     channels = recipe.network.picture_channels
     trunk = OwnTrunk(FeatureConfig(picture_channels=channels))
     schedule = recipe.schedule.model_copy(update={"steps": settings.steps})
@@ -124,7 +126,7 @@ def _perceptual(recipe: AutoencoderRecipe, loader: Loader, folder: Path) -> Perc
             averaging=Averaging(power=()),
             seed=recipe.seed,
         ).train()
-    return PerceptualDistance(trunk, channels).to(device)
+    return PerceptualDistance(trunk, channels)
 
 
 def measure(autoencoder: Autoencoder, pictures: Pictures) -> dict[str, float]:
