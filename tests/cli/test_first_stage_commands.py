@@ -112,3 +112,21 @@ def test_reconstruct_refuses(run: Run, capsys: pytest.CaptureFixture[str]) -> No
     assert run("reconstruct", "absent.png", *M) == 2
     assert run("reconstruct", "ae.safetensors", *M) == 1
     assert not Path("out").exists() or not list(Path("out").iterdir())
+
+
+def test_report_prints_the_page(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = {
+        "stage": "autoencoder",
+        "name": "small",
+        "data": {"path": "pictures", "transform": {"size": 16}},
+        "network": {"latent_channels": 2, "channels": 16, "multipliers": [1, 2], "blocks": 1, "attention": False}
+        | {"codes": 8},
+        "schedule": {"steps": 1, "batch": 1},
+    }
+    Path("run").mkdir()
+    Path("run/recipe.yaml").write_text(json.dumps(recipe))
+    Path("ae.safetensors").rename("run/model.safetensors")
+    assert run("report", "run") == 0
+    assert capsys.readouterr().out == "run/health.html\n"
+    assert "the finished model" in Path("run/health.html").read_text()
+    assert run("report", "pictures") == 2

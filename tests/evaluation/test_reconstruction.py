@@ -24,6 +24,7 @@ from latentkit.evaluation.first_stage import (
     lines,
     open_distance,
     open_first_stage,
+    usage,
 )
 from latentkit.evaluation.reconstruction import as_stored, beside, reconstruct
 from latentkit.model.first_stage import FirstStage
@@ -111,7 +112,7 @@ def test_codes_are_counted(folder):
 
 
 def test_perplexity_of_an_even_choice():
-    codes = module._usage(made(codes=8).autoencoder, module.Counter({1: 5, 3: 5, 4: 5, 7: 5}))
+    codes = usage(made(codes=8).autoencoder, {1: 5, 3: 5, 4: 5, 7: 5})
     assert (codes.codes, codes.chosen, codes.cells) == (8, 4, 20)
     assert codes.perplexity == pytest.approx(4.0)
 

@@ -106,3 +106,10 @@ def test_axes_are_marked_with_round_numbers():
     assert labels(chart("c", {"a": [(0, 0.001), (1, 100.0)]}, log=True)) == ["0.001", "0.01", "0.1", "1", "10", "100"]
     assert labels(chart("c", {"a": [(0, 0.3), (1, 2.5)]}, log=True)) == ["0.5", "1", "2"]
     assert len(labels(chart("c", {"a": [(0, 1.01), (1, 1.02)]}, log=True))) >= 2
+
+
+def test_only_curves_over_time_have_a_last_value():
+    assert "last: " in chart("c", {"a": [(0, 1.0), (1, 2.25)]})
+    still = chart("c", {"a": [(0, 1.0), (1, 2.25)]}, over_time=False)
+    assert "last: " not in still
+    assert "<b>" not in still

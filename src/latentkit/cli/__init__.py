@@ -39,6 +39,7 @@ def application() -> typer.Typer:
     from latentkit.cli.models import convert, diff, inspect
     from latentkit.cli.reconstruct import reconstruct
     from latentkit.cli.replay import replay
+    from latentkit.cli.report import report
     from latentkit.cli.samplers import compare_samplers, samplers
     from latentkit.cli.search_spacing import search_spacing
     from latentkit.cli.train import fit, train
@@ -46,7 +47,7 @@ def application() -> typer.Typer:
     app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(options)
     drawing = (generate, replay, samplers, compare_samplers, search_spacing)
-    for command in (*drawing, fit, train, reconstruct, inspect, convert, diff):
+    for command in (*drawing, fit, train, report, reconstruct, inspect, convert, diff):
         app.command()(command)
     app.add_typer(data, name="data")
     app.add_typer(evaluate, name="evaluate")

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -186,7 +186,7 @@ def evaluate(
         network=NETWORK,
         frechet=frechet(x, y) if len(rows) > 1 else None,
         kid=kid(x, y) if len(rows) > 3 else None,
-        codes=_usage(autoencoder, chosen),
+        codes=usage(autoencoder, chosen),
         latent_mean=mean.tolist(),
         latent_std=(moments[2] / moments[0] - mean.square()).clamp_min(0).sqrt().tolist(),
         downsampling=first_stage.downsampling,
@@ -219,11 +219,12 @@ def _mean(rows: list[dict[str, float]], name: str) -> float | None:
     return math.fsum(values) / len(values) if values else None
 
 
-def _usage(autoencoder: Autoencoder | None, chosen: Counter[int]) -> Codes | None:
+def usage(autoencoder: Autoencoder | None, chosen: Mapping[int, int]) -> Codes | None:
+    """How codes are used, of the number of cells that chose each; None where there are no codes."""
     if autoencoder is None or not chosen:
         return None
     config = autoencoder.config
-    cells = chosen.total()
+    cells = sum(chosen.values())
     entropy = -math.fsum(n / cells * math.log(n / cells) for n in chosen.values())
     return Codes(config.codes or math.prod(config.levels or ()), len(chosen), math.exp(entropy), cells)
 

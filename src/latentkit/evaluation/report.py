@@ -108,8 +108,11 @@ def _image(figure: Figure) -> str:
     return f'<img alt="{escape(figure.caption, quote=True)}" src="data:image/png;base64,{data}">{caption}'
 
 
-def chart(title: str, series: Mapping[str, Points], *, log: bool = False) -> str:
-    """Curves of (step, value) as SVG; points that are not finite (or not above 0 on a `log` axis) are left out."""
+def chart(title: str, series: Mapping[str, Points], *, log: bool = False, over_time: bool = True) -> str:
+    """Curves of (step, value) as SVG; points that are not finite (or not above 0 on a `log` axis) are left out.
+
+    Last values are said of curves `over_time` alone.
+    """
     kept = {name: _thinned([p for p in points if _shown(p, log)]) for name, points in series.items()}
     kept = {name: points for name, points in kept.items() if points}
     caption = f"<figcaption>{escape(title)}</figcaption>"
@@ -145,12 +148,13 @@ def chart(title: str, series: Mapping[str, Points], *, log: bool = False) -> str
         x, y = points[-1]
         end = f'cx="{across(x):.1f}" cy="{down(math.log10(y) if log else y):.1f}"'
         lines.append(f'<circle {end} r="2.5" fill="{colour}"/>')
-        legend.append(f'<span style="color:{colour}">&#9632;</span> {escape(name)} <b>{y:.4g}</b>')
+        last = f" <b>{y:.4g}</b>" if over_time else ""
+        legend.append(f'<span style="color:{colour}">&#9632;</span> {escape(name)}{last}')
     label = escape(title, quote=True)
     return (
         f'<figure class="wide">{caption}<svg role="img" aria-label="{label}" viewBox="0 0 {WIDTH} {HEIGHT}" '
         f'width="{WIDTH}" height="{HEIGHT}">{"".join(marks)}{"".join(lines)}</svg>'
-        f"<figcaption>last: {' &nbsp; '.join(legend)}</figcaption></figure>"
+        f"<figcaption>{'last: ' if over_time else ''}{' &nbsp; '.join(legend)}</figcaption></figure>"
     )
 
 
