@@ -233,7 +233,7 @@ class Case(NamedTuple):
     config: dict[str, Any]
     options: dict[str, Any] = {}  # noqa: RUF012
     step: dict[str, Any] = {}  # noqa: RUF012
-    steps: int = 12
+    steps: int = 8
     tolerance: float = 1e-9
     refine: Callable[[Any], None] | None = None
     prediction: Prediction | None = None
