@@ -309,6 +309,7 @@ def test_a_spare_latent_is_none_that_is_needed() -> None:
     walk.remember(first, 2)
     walk.held = second = walk.spare()
     third = walk.spare()
+    assert third is not second
     assert walk.spare(third) is not third
     walk.enter(1, 4.0, 1.0, third)
     assert all(walk.spare() is not taken for taken in (x, first, second, third))
