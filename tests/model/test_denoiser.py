@@ -116,7 +116,8 @@ def test_slots_reach_the_network_in_its_own_type() -> None:
     answer = denoiser.network(torch.randn(2, 4, 3, 3), torch.ones(2, dtype=torch.float64), told)
     x_t, timestep, context, vector, mask = network.given
     assert answer.dtype == timestep.dtype == torch.float32
-    assert x_t.dtype == context.dtype == vector.dtype == torch.bfloat16
+    assert x_t.dtype == context.dtype == torch.bfloat16
+    assert vector.dtype == torch.float32
     assert x_t.shape == (2, 5, 3, 3)
     assert (x_t[:, 4] == 0.5).all()  # beside the latent, and not scaled with it
     assert mask.dtype == torch.bool
@@ -179,3 +180,15 @@ def test_a_learned_variance_is_the_second_half_of_the_output_as_a_share() -> Non
     assert Denoiser(CONFIG, NoiseSchedule(), "flow").bind(Conditioning(context=torch.zeros(2, 3, 6), concat=x[:, :1]))(
         x, 1.5
     ).log_variance is None  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_row_of_a_table_is_not_rounded() -> None:
+    """bfloat16 has no 257: the network would be told of level 256."""
+    config = replace(CONFIG, channels_in=4, depth=(0,), middle_depth=0, context_width=None, classes=1000)
+    denoiser = Denoiser(config, NoiseSchedule("scaled_linear"), "eps").to(torch.bfloat16)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, sigma = torch.randn(1, 4, 8, 8), torch.ones(1, dtype=torch.float64)
+    rounded, exact = (denoiser(x, sigma, Conditioning(vector=torch.tensor([[level]]))) for level in (256.0, 257.0))
+    assert not torch.equal(rounded, exact)

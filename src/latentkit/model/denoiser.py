@@ -54,10 +54,9 @@ class Denoiser(nn.Module):
         timestep = torch.from_numpy(self.schedule.to_timestep(sigma.double().numpy())).to(x.device, torch.float32)
         scaled = x.float() * self.prediction.c_in(sigma).to(x.device, torch.float32)[:, None, None, None]
         dtype = self.unet.conv_in.weight.dtype
-        context, vector = (
-            None if slot is None else slot.to(dtype) for slot in (conditioning.context, conditioning.vector)
-        )
-        told = timestep, context, vector, conditioning.mask
+        context = None if conditioning.context is None else conditioning.context.to(dtype)
+        # The vector stays as it is: a row of a table of classes is a number that bfloat16 would round.
+        told = timestep, context, conditioning.vector, conditioning.mask
         added = {}
         if controls:
             added = {"residuals": residuals(controls, conditioning.extras, scaled.to(dtype), *told)}
