@@ -71,6 +71,7 @@ def test_a_finished_run(run: Path) -> None:
     assert "<script" not in text
     assert 'src="http' not in text
     assert "No values were recorded" not in text
+    assert "deviation of latent channels" in text
     assert text.count("data:image/png") == 2 * 2 * 6
     assert write_health(run, False).read_text() == text
 

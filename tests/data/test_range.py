@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from latentkit.applications.pictures import open_data
 from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.pictures import BadPicture, decode, tiff_of, to_png, to_tensor, to_tiff
-from latentkit.data.range import SAMPLES, Range
+from latentkit.data.range import SAMPLES, Range, stated, transform_of
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 from latentkit.training.recipe import DataRecipe
@@ -147,3 +147,16 @@ def test_eight_bits_may_have_one_too():
     assert decode(data, "a", Range(low=0, high=256)).array.max() == 0.5
     assert decode(data, "a", Range(low=0, high=256)).samples == "uint8"
     assert decode(to_tiff(torch.zeros(1, 8, 8)), "a").samples is None
+
+
+def test_a_model_says_its_range():
+    told = {"recipe": {"data": {"transform": {"range": {"low": -1024, "high": 3071, "samples": "int16"}}}}}
+    found = stated(told, "m")
+    assert found == Range(low=-1024, high=3071, samples="int16")
+    assert found.to_values(torch.ones(1, 1, 1)).dtype == np.int16
+    for nothing in ({}, {"recipe": None}, {"recipe": {"data": "x"}}, {"recipe": {"data": {"transform": []}}}):
+        assert stated(nothing, "m") is None
+        assert transform_of(nothing) == {}
+    told["recipe"]["data"]["transform"]["range"]["low"] = 4000
+    with pytest.raises(InputError, match=r"m: its range of values is invalid: range 4000.0..3071.0"):
+        stated(told, "m")

@@ -13,7 +13,8 @@ from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import OPTIONS, Request, ask, known, resolve, told
 from latentkit.checkpoints.files import Model
-from latentkit.data.pictures import to_png, to_tiff
+from latentkit.data.pictures import tiff_of, to_png, to_tiff
+from latentkit.data.range import Range, stated
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import sample
 from latentkit.errors import InputError
@@ -49,11 +50,15 @@ class Progress(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A finished picture: its number, `c h w` in [-1, 1], and the record of how it was drawn."""
+    """A finished picture: its number, `c h w` in [-1, 1], and the record of how it was drawn.
+
+    `values` is the range that the model's pictures were read by, where one was stated.
+    """
 
     number: int
     picture: Tensor
     record: Record
+    values: Range | None = None
 
     @property
     def request(self) -> Request:
@@ -65,7 +70,12 @@ class Result(NamedTuple):
         return to_png(self.picture, chunks(self.record))
 
     def file(self) -> tuple[str, bytes]:
-        """Suffix and bytes of the file to write: PNG, or 16-bit TIFF (without record) for more than 4 channels."""
+        """Suffix and bytes of the file to write: PNG, or 16-bit TIFF (without record) for more than 4 channels.
+
+        Of a model with a stated range: TIFF (without record) of values by it.
+        """
+        if self.values is not None:
+            return "tiff", tiff_of(self.values.to_values(self.picture))
         return ("png", self.png()) if len(self.picture) <= 4 else ("tiff", to_tiff(self.picture))
 
 
@@ -150,6 +160,7 @@ def _batches(network: LatentDiffusion, jobs: Sequence[Request], exact: bool) -> 
 def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) -> Iterator[Progress | Result]:
     """One batch: its progress, then its pictures. `before` and `part` are shares of the whole work."""
     network, requests, pixels = model.network, list(jobs.values()), None
+    values = stated(model.provenance, model.name)
     for event in _sample(network, requests):
         if isinstance(event, Tensor):
             pixels = event
@@ -162,7 +173,7 @@ def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) ->
         record = Record(
             request=request, model=model.name, digest=model.digest, row=row, batch=len(requests), machine=made_with
         )
-        yield Result(number, pixels[row].clone(), record)  # cloned out of inference mode: it is the caller's
+        yield Result(number, pixels[row].clone(), record, values)  # cloned out of inference mode: it is the caller's
 
 
 @torch.inference_mode()

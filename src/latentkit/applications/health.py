@@ -85,7 +85,7 @@ def write_health(run: Path, progress: bool = True) -> Path:
     sections.insert(0, ("What to make of it", report.verdict([*notes, *verdict(recipe, known, found)])))
     sections += _learning(recipe, known)
     if found is not None:
-        sections.append(("Latents", _latents(found)))
+        sections.append(("Latents", _latents(found, known)))
     sections.append(("Recipe", report.folded("recipe.yaml", yaml.safe_dump(resolved(recipe), sort_keys=False))))
     text = report.page(f"{recipe.name}: first stage", f"The run in {folder}, by latentkit report.", sections)
     replace_file(FileCalls(), folder / PAGE, [text.encode()])
@@ -322,7 +322,7 @@ def _learning(recipe: AutoencoderRecipe, known: Curves) -> list[tuple[str, str]]
     return sections
 
 
-def _latents(found: Found) -> str:
+def _latents(found: Found, known: Curves) -> str:
     latents = found.latents
     channels = range(len(latents.std))
     rows = [
@@ -345,7 +345,21 @@ def _latents(found: Found) -> str:
         report.chart(white, own, log=True, over_time=False),
         report.chart("pictures: power by frequency (cycles a pixel)", both, log=True, over_time=False),
     )
-    return report.table(rows, header) + report.beside(*charts) + spectra
+    return report.table(rows, header) + _widths(known) + report.beside(*charts) + spectra
+
+
+def _widths(known: Curves) -> str:
+    """The deviation of the narrowest and of the widest channel while the run went on."""
+    steps: dict[float, list[float]] = {}
+    for name, points in known.items():
+        if name.startswith("validation/latent_std/"):
+            for step, value in points:
+                steps.setdefault(step, []).append(value)
+    ends = {
+        name: [(step, choose(values)) for step, values in sorted(steps.items())]
+        for name, choose in (("narrowest", min), ("widest", max))
+    }
+    return report.chart("deviation of latent channels", ends) if steps else ""
 
 
 def _nearest(latents: Statistics, channel: int) -> str:

@@ -1,13 +1,14 @@
 """What samples mean: the stated way between the values of a file and the 0..1 that everything else is made of."""
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
-from latentkit.errors import InputError
+from latentkit.errors import InputError, wording
 
 SAMPLES: dict[str, Any] = {"uint8": np.uint8, "uint16": np.uint16, "int16": np.int16, "float32": np.float32}
 
@@ -23,6 +24,8 @@ class Range(BaseModel):
     kind: Literal["linear", "window", "log"] = "linear"
     low: float
     high: float
+    samples: Literal["uint8", "uint16", "int16", "float32"] = "float32"
+    """The type of the values that a model of such pictures writes."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -46,8 +49,8 @@ class Range(BaseModel):
             x = (x - self.low) / (self.high - self.low)
         return np.asarray(x, np.float32)
 
-    def to_values(self, picture: Tensor, samples: str) -> np.ndarray:
-        """A picture `c h w` in [-1, 1] as the h w c values of a file, in the type `samples` (a key of `SAMPLES`).
+    def to_values(self, picture: Tensor, samples: str | None = None) -> np.ndarray:
+        """A picture `c h w` in [-1, 1] as the h w c values of a file, in the type `samples` (None: the stated one).
 
         Whole numbers are rounded and cut to what their type holds; InputError for NaN and infinite values.
         """
@@ -58,8 +61,26 @@ class Range(BaseModel):
             x = self.low * np.exp(x * math.log(self.high / self.low))
         else:
             x = self.low + x * (self.high - self.low)
-        dtype = SAMPLES[samples]
+        dtype = SAMPLES[samples or self.samples]
         if dtype == np.float32:
             return np.asarray(x, dtype)
         limits = np.iinfo(dtype)
         return np.asarray(x.round().clip(limits.min, limits.max), dtype)
+
+
+def transform_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How a model was shown its pictures: the recipe's `data.transform` as plain values, empty where none is told."""
+    found: Any = provenance
+    for key in ("recipe", "data", "transform"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def stated(provenance: Mapping[str, Any], where: str) -> Range | None:
+    """The range that a model's pictures were read by; InputError about `where` for one that makes no sense."""
+    found = transform_of(provenance).get("range")
+    try:
+        return None if found is None else Range.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise InputError(f"{where}: its range of values is invalid: {wording(first)}") from None

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from latentkit.checkpoints.files import digest, find, invalid, load, load_autoencoder
+from latentkit.checkpoints.files import digest, find, load, load_autoencoder
 from latentkit.data.pictures import BadPicture, to_tensor
-from latentkit.data.range import Range
+from latentkit.data.range import Range, stated, transform_of
 from latentkit.data.source import Source, track
 from latentkit.errors import InputError
 from latentkit.evaluation.features import NETWORK, features
@@ -91,13 +90,8 @@ def open_first_stage(name: str | Path, device: str | torch.device | None = None)
     else:
         model = load(name, device, torch.float32)
         first_stage, provenance, title, sha256 = model.network.first_stage, model.provenance, model.name, model.digest
-    transform = provenance.get("recipe", {}).get("data", {}).get("transform", {})
-    stated = transform.get("range")
-    try:
-        values = None if stated is None else Range.model_validate(stated)
-    except ValidationError as error:
-        raise invalid(error, f"{name}: its range of values is invalid") from None
-    return Opened(first_stage, str(transform.get("background", "white")), values, title, sha256)
+    background = str(transform_of(provenance).get("background", "white"))
+    return Opened(first_stage, background, stated(provenance, str(name)), title, sha256)
 
 
 def _alone(name: str | Path) -> tuple[Path, dict[str, Any]] | None:
