@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.applications import image_to_image, inpaint
+from latentkit.applications import image_to_image, inpaint, upscale
 from latentkit.applications.adapters import opened, wearing, within
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
@@ -27,10 +27,11 @@ APPLICATIONS: dict[str, Prepare] = {
     "unconditional": from_noise,
     "image-to-image": image_to_image.prepare,
     "inpainting": inpaint.prepare,
+    "upscaling": upscale.prepare,
 }
 CELLS_AT_ONCE = 1 << 14
 """Latent cells of one batch: 32 pictures of 16x16 cells (at most), 4 of 64x64, one of 128x128."""
-OWN = ("prompt", "label", "negative", "seed", "init", "mask")
+OWN = ("prompt", "label", "negative", "seed", "init", "mask", "depth")
 """Fields in which the pictures of one batch may differ."""
 
 

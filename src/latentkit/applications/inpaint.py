@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentkit.applications.plan import Plan, covered, encoded, guided, last_part, middle
-from latentkit.applications.request import Request, canvas_size, fills, known
+from latentkit.applications.plan import Plan, encoded, fitted, guided, last_part
+from latentkit.applications.request import Request, fills, known
 from latentkit.data.pictures import to_tensor
 from latentkit.diffusion.masking import blended
 from latentkit.diffusion.noise import PictureNoise
@@ -59,12 +59,9 @@ def canvas(request: Request, network: LatentDiffusion) -> tuple[Tensor, Tensor]:
     else:
         mask = F.pad(torch.zeros_like(x[:1]), (left, right, top, bottom), value=1.0)
     x = F.pad(x[None], (left, right, top, bottom), mode="replicate")[0]
-    height, width = known(request.height), known(request.width)
-    rows, columns = canvas_size(request)
-    if 0 <= rows - height < network.multiple and 0 <= columns - width < network.multiple:
-        return middle(x, height, width), middle(mask, height, width)
-    x = covered(x, height, width, alpha=channels in (2, 4))
-    return x, (covered(mask * 2 - 1, height, width) + 1) / 2
+    size = known(request.height), known(request.width)
+    x = fitted(x, *size, network.multiple, alpha=channels in (2, 4))
+    return x, (fitted(mask * 2 - 1, *size, network.multiple) + 1) / 2
 
 
 def seen(network: LatentDiffusion, pictures: Tensor, holes: Tensor) -> Tensor:

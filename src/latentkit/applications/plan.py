@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from latentkit.applications.attachment import Guide
@@ -44,6 +45,13 @@ def encoded(network: LatentDiffusion, pictures: Tensor) -> Tensor:
     return torch.cat([network.first_stage.encode(one[None]) for one in pictures])
 
 
+def fitted(x: Tensor, height: int, width: int, multiple: int, *, alpha: bool = False) -> Tensor:
+    """A picture `c h w` that is less than `multiple` pixels larger without its edges; any other one covers the size."""
+    if 0 <= x.shape[1] - height < multiple and 0 <= x.shape[2] - width < multiple:
+        return middle(x, height, width)
+    return covered(x, height, width, alpha=alpha)
+
+
 def covered(x: Tensor, height: int, width: int, *, alpha: bool = False) -> Tensor:
     """A picture `c h w` scaled to cover `height` x `width` pixels and cut to them about the middle."""
     scale = max(height / x.shape[1], width / x.shape[2])
@@ -72,7 +80,7 @@ def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Condit
     first, count = requests[0], len(requests)
     controls, hints = _controlled(network, first, count)
     bind = partial(network.denoiser.bind, controls=controls)
-    always = merge([beside or Conditioning(), hints])
+    always = merge([beside or Conditioning(), _depths(network, requests), hints])
     asked = _told(network, requests)
     told = [merge([network.condition(asked, count), always])]
     for words, _ in first.also or ():
@@ -111,6 +119,19 @@ def _controlled(network: LatentDiffusion, request: Request, count: int) -> tuple
     return controls, Conditioning(extras=hints)
 
 
+def _depths(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioning:
+    """The requests' depth pictures in latent cells, each stretched to [-1, 1] (a flat one is -1)."""
+    if requests[0].depth is None:
+        return Conditioning()
+    height, width = known(requests[0].height), known(requests[0].width)
+    rows = torch.stack([covered(to_tensor(known(known(r.depth).picture), 1), height, width) for r in requests])
+    _, *cells = network.latent_shape(height, width)
+    rows = F.interpolate(rows, cells, mode="bicubic", align_corners=False)
+    low, high = rows.amin((1, 2, 3), keepdim=True), rows.amax((1, 2, 3), keepdim=True)
+    rows = 2 * (rows - low) / (high - low).clamp_min(1e-6) - 1
+    return Conditioning(concat=rows.to(network.first_stage.latent_mean.device))
+
+
 def _rule(network: LatentDiffusion, request: Request, disturbed: Callable[[], Denoise]) -> guidance.Rule:
     """How the request wants two estimates made one; `disturbed` makes the model with its attention perturbed."""
     scale = known(request.guidance_scale)
@@ -126,7 +147,8 @@ def _rule(network: LatentDiffusion, request: Request, disturbed: Callable[[], De
 
 def _told(network: LatentDiffusion, requests: Sequence[Request]) -> dict[str, list[Any]]:
     """What the requests say, by conditioner; what one does not say is absent."""
-    said = {"text": [request.prompt for request in requests], "label": [request.label for request in requests]}
+    said: dict[str, list[Any]] = {"text": [r.prompt for r in requests], "label": [r.label for r in requests]}
+    said |= _levels(requests)
     return {name: _filled(network, name, values) for name, values in said.items() if name in network.conditioners}
 
 
@@ -134,7 +156,13 @@ def _absent(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioni
     """The rows that guidance leads away from."""
     words = [request.negative or None for request in requests]
     values = {"text": _filled(network, "text", words)} if "text" in network.conditioners else {}
-    return network.condition(values, len(requests))
+    return network.condition({**values, **_levels(requests)}, len(requests))
+
+
+def _levels(requests: Sequence[Request]) -> dict[str, list[Any]]:
+    """The numbers that an upscaler is told, whatever it is guided by."""
+    levels = [(request.noise_level,) for request in requests]
+    return {} if levels[0] == (None,) else {"numbers": levels}
 
 
 def _filled(network: LatentDiffusion, name: str, values: list[Any]) -> list[Any]:

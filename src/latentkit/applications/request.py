@@ -23,8 +23,14 @@ from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 
 T = TypeVar("T")
-Task = Literal["text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting"]
-NEEDS = {"text-to-image": "prompt", "class-to-image": "label", "image-to-image": "init", "inpainting": "init"}
+Task = Literal["text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "upscaling"]
+TAKES = {
+    "image-to-image": ("init", "strength"),
+    "inpainting": ("init", "strength", "mask", "extend", "paste"),
+    "upscaling": ("init", "noise_level"),
+}
+"""Fields that only some tasks take."""
+NEEDS = {"text-to-image": "prompt", "class-to-image": "label"} | dict.fromkeys(TAKES, "init")
 FALLBACK = {
     "sampler": "dpm++2m",
     "spacing": "uniform",
@@ -34,14 +40,23 @@ FALLBACK = {
     "guidance_high": 1e9,
 }
 """Sampling settings of a model whose file names none."""
-PICTURES = ("init", "mask")
+SLOTS = {
+    "mask": "this model draws only what a mask leaves open of a picture: give --init PICTURE and --mask PICTURE",
+    "depth": "this model draws by a depth picture: give --depth PICTURE (white is near)",
+    "small picture": "this model only makes a picture larger: give --init PICTURE",
+    "other": "this model takes something beside its latent that no task here gives; it cannot draw",
+}
+"""What a model's concat slot holds, and what is missing without it."""
+PICTURES = ("init", "mask", "depth")
 """Fields that hold a picture."""
 OPTIONS = ("eta", "churn")
 """Fields that go to the sampler as they are."""
 STRENGTH = {"image-to-image": 0.6, "inpainting": 1.0}
 """Of tasks that start from a picture, where none is asked for."""
 LARGER = 4
-"""Times the pixels that a model was trained at, up to which inpainting takes a picture's own size."""
+"""Times the pixels that a model was trained at, up to which a picture's own size says what is drawn."""
+NOISE_LEVEL = 20
+"""Of the noise on the small picture, where none is asked for (the released upscaler's)."""
 CFG_PLUS_SCALE = 0.6
 """Guidance scale of CFG++, whose scales end at 1, where none is asked for (Chung et al. 2024)."""
 
@@ -107,7 +122,7 @@ class Request(BaseModel):
     churn: float | None = Field(default=None, ge=0)
     """Temporary noise, of samplers that take it."""
     init: Attached | None = None
-    """The picture that image-to-image and inpainting start from."""
+    """The picture that image-to-image and inpainting start from, and that upscaling makes larger."""
     strength: float | None = Field(default=None, gt=0, le=1)
     """Share of the path that is done again from the init picture."""
     mask: Attached | None = None
@@ -116,6 +131,10 @@ class Request(BaseModel):
     """Pixels that inpainting adds to the init picture at its left, top, right and bottom, instead of a mask."""
     paste: bool | None = None
     """The kept pixels are the init picture's own; without, they have passed the first stage."""
+    depth: Attached | None = None
+    """How near everything is to be, for a model that takes that: white is near; only the order of grays counts."""
+    noise_level: int | None = Field(default=None, ge=0, le=350)
+    """Timestep of the noise that upscaling puts on the small picture: the higher, the freer the details."""
     lora: Loras | None = None
     """LoRAs, each with its weight, put on the model one after another."""
     control: Controls | None = None
@@ -172,11 +191,13 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
     height, width = network.architecture.size
     open_fields = {**FALLBACK, "height": height, "width": width, "seed": secrets.randbelow(2**32)}
     open_fields |= {name: suggested[name] for name in FALLBACK if name in suggested}
-    open_fields["task"] = request.task or _task(request)
+    open_fields["task"] = request.task or _task(request, network)
     if open_fields["task"] in STRENGTH:
         open_fields["strength"] = STRENGTH[open_fields["task"]]
     if open_fields["task"] == "inpainting":
-        open_fields |= {"paste": True, **_own_size(request, network)}
+        open_fields |= {"paste": True, **_own_size(request, network, 1)}
+    if open_fields["task"] == "upscaling":
+        open_fields |= {"noise_level": NOISE_LEVEL, **_own_size(request, network, network.first_stage.downsampling)}
     if not network.conditioners and request.guidance_model is None:
         open_fields["guidance_scale"] = 1.0
     if request.guidance_kind == "cfg++":
@@ -205,21 +226,24 @@ def canvas_size(request: Request) -> tuple[int, int]:
     return height + top + bottom, width + left + right
 
 
-def _own_size(request: Request, network: LatentDiffusion) -> dict[str, int]:
-    """The init picture's own size, less the pixels that do not make a whole latent."""
+def _own_size(request: Request, network: LatentDiffusion, times: int) -> dict[str, int]:
+    """The init picture's own size, so many `times`, less the pixels that do not make a whole latent."""
     if request.init is None or request.init.picture is None or (request.height and request.width):
         return {}
-    (height, width), (usual, wide), step = canvas_size(request), network.architecture.size, network.multiple
+    height, width = (times * side for side in canvas_size(request))
+    (usual, wide), step = network.architecture.size, network.multiple
     if height * width > LARGER * usual * wide:
         raise InputError(
-            f"the picture to inpaint has {width}x{height} pixels, far more than the {wide}x{usual} that this model was "
+            f"the picture to draw has {width}x{height} pixels, far more than the {wide}x{usual} that this model was "
             "trained at; say at which size to draw (--size)",
             exit_code=2,
         )
     return {"height": max(step, height // step * step), "width": max(step, width // step * step)}
 
 
-def _task(request: Request) -> Task:
+def _task(request: Request, network: LatentDiffusion) -> Task:
+    if request.init is not None and fills(network.architecture) == "small picture":
+        return "upscaling"
     if request.mask is not None or request.extend is not None:
         return "inpainting"
     for task in ("image-to-image", "text-to-image", "class-to-image"):
@@ -268,23 +292,33 @@ def _check_pictures(request: Request, network: LatentDiffusion) -> None:
         if attached is not None and attached.picture is None:
             missing = f"the {name} picture whose pixels have the sha256 {attached.digest[:16]}..."
             raise InputError(f"the request needs {missing}; give its file", exit_code=2)
-    if request.task not in STRENGTH and request.init:
+    takes = TAKES.get(str(request.task), ())
+    if request.init and "init" not in takes:
         raise InputError(f"{request.task} takes no init picture; use image-to-image", exit_code=2)
-    if request.task not in STRENGTH and request.strength:
+    if request.strength and "init" not in takes:
         got = f"strength {request.strength} says how much of an init picture is drawn again, and none is given"
         raise InputError(f"{got}; give one (--init PICTURE)", exit_code=2)
+    for task, fields in TAKES.items():
+        for name in fields:
+            if name not in takes and getattr(request, name) is not None:
+                raise InputError(f"{request.task} takes no {name.replace('_', ' ')}; {task} does", exit_code=2)
     if request.task == "inpainting":
         _check_inpainting(request)
-    else:
-        for name in ("mask", "extend", "paste"):
-            if getattr(request, name) is not None:
-                raise InputError(f"{request.task} takes no {name}; inpainting does", exit_code=2)
     slot = fills(network.architecture)
-    if slot == "mask" and request.task != "inpainting":
-        raise InputError(
-            "this model draws only what a mask leaves open of a picture: give --init PICTURE and --mask PICTURE",
-            exit_code=2,
-        )
+    if (
+        slot is not None
+        and not {
+            "mask": request.task == "inpainting",
+            "depth": request.depth is not None,
+            "small picture": request.task == "upscaling",
+            "other": False,
+        }[slot]
+    ):
+        raise InputError(SLOTS[slot], exit_code=2)
+    if request.depth is not None and slot != "depth":
+        raise InputError("this model takes no depth picture; leave it out, or take one trained with it", exit_code=2)
+    if request.task == "upscaling" and slot != "small picture":
+        raise InputError("this model does not make pictures larger; an upscaler does, or image-to-image", exit_code=2)
 
 
 def _check_inpainting(request: Request) -> None:
@@ -307,12 +341,17 @@ def _check_inpainting(request: Request) -> None:
             )
 
 
-def fills(architecture: Architecture) -> Literal["mask", "other"] | None:
-    """What stands in the model's concat slot, as far as its channels tell: a mask and the masked picture's latent."""
-    if not architecture.concat_channels:
+def fills(architecture: Architecture) -> Literal["mask", "depth", "small picture", "other"] | None:
+    """What stands in the model's concat slot, as far as its shape tells: one of `SLOTS`."""
+    channels = architecture.concat_channels
+    if not channels:
         return None
     latent = architecture.first_stage.latent_channels if architecture.first_stage else architecture.picture_channels
-    return "mask" if architecture.concat_channels == latent + 1 else "other"
+    if channels == latent + 1:
+        return "mask"
+    if channels == 1:
+        return "depth"
+    return "small picture" if architecture.network.classes and channels == architecture.picture_channels else "other"
 
 
 def _check_guidance(request: Request, network: LatentDiffusion) -> None:
@@ -355,6 +394,8 @@ def _check_guide(guide: Guide, request: Request, network: LatentDiffusion) -> No
     if guide.model is None:
         missing = f"the guidance model whose file has the sha256 {guide.digest[:16]}..."
         raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+    if guide.model.network.architecture.concat_channels not in (0, network.architecture.concat_channels):
+        raise InputError(f"guidance model {guide.model.name!r} takes other pictures than this model", exit_code=2)
     own, other = network.first_stage, guide.model.network.first_stage
     shape = (own.latent_channels, own.downsampling) == (other.latent_channels, other.downsampling)
     if not shape or not all(

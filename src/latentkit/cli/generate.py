@@ -41,7 +41,9 @@ def generate(
     ] = None,
     eta: Annotated[float | None, typer.Option(help="Share of ancestral noise, of samplers that take it.")] = None,
     churn: Annotated[float | None, typer.Option(help="Temporary noise, of samplers that take it.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Picture to start from (image-to-image, inpainting).")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Picture to start from (image-to-image, inpainting, upscaling).")
+    ] = None,
     mask: Annotated[
         Path | None, typer.Option(help="Inpainting: what is white in this picture is repainted in --init.")
     ] = None,
@@ -52,6 +54,12 @@ def generate(
         bool, typer.Option("--paste/--no-paste", help="Inpainting keeps the very pixels outside of the mask.")
     ] = True,
     strength: Annotated[float | None, typer.Option(help="Share of the path done again from --init, 0 to 1.")] = None,
+    depth: Annotated[
+        Path | None, typer.Option(help="How near everything is (white: near), for models that take it.")
+    ] = None,
+    noise_level: Annotated[
+        int | None, typer.Option(help="Upscaling: noise on --init, 0 to 350; more leaves more to the model.")
+    ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT, a LoRA to put on; repeatable.")] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet; repeatable.")
@@ -95,6 +103,8 @@ def generate(
         "mask": Attachment.read(mask) if mask else None,
         "extend": _sides(extend),
         "paste": None if paste else False,
+        "depth": Attachment.read(depth) if depth else None,
+        "noise_level": noise_level,
         "lora": [_lora(text) for text in lora] if lora else None,
         "control": [_control(text) for text in control] if control else None,
     }

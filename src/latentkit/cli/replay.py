@@ -20,6 +20,7 @@ def replay(
     model: Annotated[str | None, typer.Option("--model", "-m", help="The model that drew it, unless shipped.")] = None,
     init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image, inpainting).")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask of its inpainting.")] = None,
+    depth: Annotated[Path | None, typer.Option(help="The depth picture that it was drawn by.")] = None,
     lora: Annotated[list[Path] | None, typer.Option(help="A LoRA that it was drawn with; repeatable.")] = None,
     control: Annotated[list[Path] | None, typer.Option(help="A ControlNet that it was drawn with; repeatable.")] = None,
     hint: Annotated[list[Path] | None, typer.Option(help="The picture of a ControlNet; repeatable.")] = None,
@@ -51,7 +52,7 @@ def replay(
         raise InputError(
             f"{picture}: is a truncated PNG, and what says how it was drawn is lost with its end"
         ) from None
-    for field, path in (("init", init), ("mask", mask)):
+    for field, path in (("init", init), ("mask", mask), ("depth", depth)):
         if path is not None:
             record = _given(record, field, Attachment.read(path), str(path), picture)
         elif (wanted := getattr(record.request, field)) is not None:
