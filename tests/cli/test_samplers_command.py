@@ -28,7 +28,7 @@ def test_the_table_has_a_line_for_each() -> None:
     assert [line.split()[0] for line in lines[1:]] == list(table())
     rows = json.loads(told("samplers", "--json"))
     assert [(row["name"], row["order"], row["random"]) for row in rows] == [
-        (name, entry.order, entry.stochastic) for name, entry in table().items()
+        (name, entry.order or None, entry.stochastic) for name, entry in table().items()
     ]
     rows = json.loads(told("samplers", "--spacings", "--json"))
     assert {row["name"] for row in rows} == set(SPACINGS)

@@ -38,7 +38,7 @@ def samplers(
         rows = [
             {
                 "name": name,
-                "order": entry.order,
+                "order": entry.order or None,
                 "evaluations": entry.evaluations,
                 "random": entry.stochastic,
                 "good for": entry.good_for,
@@ -55,7 +55,7 @@ def _table(rows: list[dict[str, object]]) -> str:
     def shown(value: object) -> str:
         if isinstance(value, list):
             return ", ".join(map(str, value))
-        return {"True": "yes", "False": ""}.get(str(value), str(value))
+        return {"True": "yes", "False": "", "None": "-"}.get(str(value), str(value))
 
     cells = [list(rows[0]), *([shown(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
