@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -199,6 +200,31 @@ def test_files_of_both_kinds_and_run_folders_open(tmp_path):
     save_autoencoder(tmp_path / "odd.safetensors", stage, recipe)
     with pytest.raises(InputError, match=r"odd.safetensors: its range of values is invalid"):
         open_first_stage(tmp_path / "odd.safetensors")
+
+
+def test_a_large_file_of_another_kind_is_not_read_whole(tmp_path):
+    path = tmp_path / "model.ckpt"
+    with open(path, "wb") as file:
+        file.write(b"PK\x03\x04\x00\x00\x08\x08")
+        file.truncate(1 << 28)
+    tracemalloc.start()
+    try:
+        assert module._alone(path) is None
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_large_pictures_pass_in_strips(monkeypatch):
+    stage, x = made(), torch.rand(3, 33, 64) * 2 - 1
+    whole, used = reconstruct(stage, x), []
+    monkeypatch.setattr("latentkit.model.first_stage.WHOLE_PIXELS", 1000)
+    real = FirstStage._strips
+    monkeypatch.setattr(FirstStage, "_strips", lambda *given: used.append(real(*given)) or used[-1])
+    again = reconstruct(stage, x)
+    assert None not in used
+    assert len(used) == 2
+    torch.testing.assert_close(again.picture, whole.picture, atol=1e-4, rtol=0)
 
 
 def test_what_is_said(folder):

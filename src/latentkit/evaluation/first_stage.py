@@ -25,6 +25,8 @@ from latentkit.nets.autoencoder import Autoencoder
 from latentkit.nets.perceptual import PerceptualDistance
 from latentkit.training.perceptual import Perceptual, read_distance, read_tensors
 
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors file's header, by its format."""
 LARGEST = 1024
 """Side in pixels of the middle of a picture that LPIPS is taken of."""
 
@@ -99,7 +101,10 @@ def _alone(name: str | Path) -> tuple[Path, dict[str, Any]] | None:
     try:
         path = find(name)
         with open(path, "rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), path.stat().st_size)))
+            length = int.from_bytes(file.read(8), "little")
+            if length > LONGEST_HEADER:  # no safetensors file
+                return None
+            header = json.loads(file.read(length))
         document = json.loads(header["__metadata__"]["latentkit"])
         return (path, dict(document["provenance"])) if document["kind"] == "autoencoder" else None
     except (InputError, OSError, ValueError, KeyError, TypeError):
