@@ -35,6 +35,7 @@ def test_a_first_stage_of_the_paper(name: str) -> None:
     loss, critic = recipe.loss, recipe.loss.adversarial
     assert critic is not None
     assert critic.optimiser.lr == recipe.optimiser.lr
+    assert (critic.warmup, critic.ramp, critic.r1, critic.lecam) == (0, 1, 0, 0)
     assert (recipe.schedule.steps, critic.start, critic.weight, critic.network.layers) == PUBLISHED[name]
     assert loss.perceptual is not None
     assert (loss.l1, loss.perceptual.weight, loss.pyramid, loss.structure) == (1, 1, 0, 0)

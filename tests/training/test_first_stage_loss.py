@@ -155,7 +155,7 @@ def test_lecam_by_hand() -> None:
     pixels, decoded = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
     real, fake = critic(pixels), critic(decoded)
     anchors = {"anchor_real": torch.tensor(0.5), "anchor_fake": torch.tensor(-0.25)}
-    adversary = Adversary(critic, Adversarial(start=0, lecam=0.1))
+    adversary = Adversary(critic, Adversarial(start=0, lecam=0.1, r1=0.0))
     loss, _ = adversary.loss(pixels, {"decoded": decoded, **anchors})
     near = ((real + 0.25) ** 2).mean() + ((fake - 0.5) ** 2).mean()
     torch.testing.assert_close(loss, hinge(real, fake) + 0.1 * near)

@@ -17,7 +17,7 @@ SUMS = ("pictures", "slope_difference", "slope_verdict", "verdict_real", "verdic
 
 
 class Adversarial(BaseModel):
-    """Settings of the critic's part; the published ones differ in `most`, `warmup`, `ramp` and `lecam`."""
+    """Settings of the critic's part; the published ones differ in `most`, `warmup`, `ramp` and `r1`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -31,9 +31,9 @@ class Adversarial(BaseModel):
     most: float = Field(default=1.0, gt=0)
     """Largest adaptive weight, which `weight` multiplies."""
     loss: Literal["hinge", "vanilla"] = "hinge"
-    lecam: float = Field(default=0.001, ge=0)
+    lecam: float = Field(default=0.0, ge=0)
     """Weight that keeps verdicts near the other side's running verdict (Tseng et al. 2021)."""
-    r1: float = Field(default=0.0, ge=0)
+    r1: float = Field(default=0.1, ge=0)
     """Weight of the squared slope of verdicts at real pictures (Mescheder et al. 2018)."""
     network: CriticConfig = CriticConfig()
     optimiser: Optimiser = Optimiser(lr=5e-4, betas=(0.5, 0.9))
