@@ -14,7 +14,7 @@ from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import read
 from latentkit.applications.plan import from_noise
-from latentkit.applications.request import Inpainting, Request, TextToImage, ask, known, resolve
+from latentkit.applications.request import Inpainting, Request, TextToImage, ask, fills, known, resolve
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png, to_tensor
 from latentkit.diffusion.noise import PictureNoise, keyed_normal
@@ -23,6 +23,7 @@ from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS
 from latentkit.model.latent_diffusion import LatentDiffusion, fit_network
+from latentkit.model.presets import PRESETS
 from latentkit.nets.clip import ClipTextConfig
 
 
@@ -154,6 +155,17 @@ def test_batches_equal_singles_and_records_draw_again(tmp_path: Path, small: Att
         record = record.model_copy(update={"request": record.request.model_copy(update=fields)})
         (again,) = [event for event in replay(model, record) if isinstance(event, Result)]
         assert again.png() == together[1].png()
+
+
+def test_what_released_models_take_beside_their_latent() -> None:
+    expected = {
+        "sd1.5-inpainting": "mask", "sd2-inpainting": "mask", "sdxl-inpainting": "mask", "inpainting_big": "mask",
+        "sd2-depth": "depth", "x4-upscaler": "small picture", "bsr_sr": "other", "semantic_synthesis256": "other",
+        "semantic_synthesis512": "other",
+    }  # fmt: skip
+    assert {name: fills(preset.architecture) for name, preset in PRESETS.items()} == {
+        name: expected.get(name) for name in PRESETS
+    }
 
 
 def test_what_cannot_be_done(tmp_path: Path, small: Attachment) -> None:
