@@ -1,6 +1,7 @@
 """The health page: of finished, broken and unfinished runs, and what it says of each thing that is wrong."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def test_the_worst_come_first(trained: Path, pictures: Path) -> None:
     held = Pictures(open_source(pictures), Transform(size=16), 0)
     rows = look(first_stage, held).rows
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+    said = [float(value) for value in re.findall(r"<figcaption>([\d.]+) dB", health._extremes(first_stage, held, rows))]
+    assert said == [round(row[0], 1) for row in [*rows[:6], *rows[::-1][:6]]]
     original = held.view(rows[0][2], 0)[1]
     assert rows[0][0] == pytest.approx(psnr(original, reconstruct(first_stage, original).picture))
 

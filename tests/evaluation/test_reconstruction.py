@@ -89,7 +89,9 @@ def test_means_are_over_pictures_and_latents_over_cells(folder):
     cells = torch.cat([p.latents.flatten(1) for p in passed], 1).double()
     assert found.latent_mean == pytest.approx(cells.mean(1).tolist())
     assert found.latent_std == pytest.approx(cells.std(1, correction=0).tolist())
-    assert evaluate(stage, source, count=2).pictures == 2
+    two = evaluate(stage, source, count=2)  # evenly taken: the first and the third
+    assert two.pictures == 2
+    assert two.psnr == pytest.approx(-5 * (math.log10(errors[0]) + math.log10(errors[2])), rel=1e-5)
 
 
 def test_latents_are_raw_whatever_the_statistics(folder):

@@ -27,5 +27,5 @@ def frechet(x: Tensor, y: Tensor) -> float:
 def _root(x: Tensor) -> Tensor:
     """A matrix whose square A^T A is the covariance of `x`, with no more rows than columns."""
     centred = (x - x.mean(0)) / (len(x) - 1) ** 0.5
-    root: Tensor = torch.linalg.qr(centred, mode="r").R if len(x) > x.shape[1] else centred
+    root: Tensor = torch.linalg.qr(centred, mode="r").R
     return root
