@@ -59,6 +59,7 @@ def test_what_a_file_says_of_itself_is_heard() -> None:
         assert said_prediction(archive) == said
         assert single_file(archive, "file").architecture.prediction == (said or "eps")
         assert single_file(archive, "file").certain == (said is not None)
+        assert single_file(archive, "file").architecture.size == ((768, 768) if said == "v" else (512, 512))
     assert said_prediction(Archive(tensors | {"v_pred": torch.zeros(0)})) == "v"
     measured = single_file(Archive(whole("lsun_churches256") | {"scale_factor": torch.tensor(0.25)}), "file")
     assert measured.latent_scale == 0.25

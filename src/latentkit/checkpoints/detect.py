@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
@@ -16,9 +16,8 @@ from latentkit.checkpoints.archive import Archive
 from latentkit.checkpoints.ldm_names import FIRST_STAGE, UNET
 from latentkit.diffusion.prediction import PREDICTIONS
 from latentkit.errors import InputError
-from latentkit.model.denoiser import PredictionName
 from latentkit.model.latent_diffusion import Architecture
-from latentkit.model.presets import PRESETS
+from latentkit.model.presets import PRESETS, predicting
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.unet import UNetConfig
 
@@ -159,7 +158,7 @@ def single_file(archive: Archive, what: str) -> Found:
     for name, preset in PRESETS.items():
         own = preset.architecture
         if _comparable(own.network) == _comparable(network) and own.first_stage == first_stage:
-            architecture = replace(own, prediction=cast(PredictionName, said or own.prediction))
+            architecture = predicting(own, said or own.prediction)
             return Found(architecture, _scale(archive) or preset.latent_scale, {}, name, said is not None)
     raise InputError(
         f"{what}: holds a U-Net of {network.channels} channels and levels {network.multipliers} with the depth "

@@ -129,16 +129,18 @@ def load(name: str | Path, device: str | torch.device | None = None, dtype: torc
 
     Files and folders of other programs are read too (see `layouts.py`).
     """
-    from latentkit.checkpoints import layouts  # it reads our own files with what is here
+    from latentkit.checkpoints import layouts, probe  # they read our own files with what is here
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     foreign = Path(name)
     if str(name) not in shipped() and foreign.exists() and layouts.layout_of(foreign) != "latentkit":
-        network, provenance, _ = layouts.open_model(foreign)
+        network, provenance, _, certain = layouts.open_model(foreign)
         for parameter in network.parameters():
             parameter.data = parameter.data.to(device, dtype or compute_type(parameter.dtype, device))
         for buffer in network.buffers():
             buffer.data = buffer.data.to(device)
+        if not certain:
+            probe.settle(network, str(foreign))
         return Model(network, provenance, foreign.stem, layouts.digest_of(foreign))
     path = find(name)
     network, provenance = load_model(path, device, dtype)

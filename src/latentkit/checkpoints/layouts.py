@@ -13,7 +13,8 @@ from latentkit.checkpoints.archive import read_archive
 from latentkit.checkpoints.detect import said_prediction
 from latentkit.checkpoints.diffusers_folder import INDEX, is_folder, match_folder, read_folder, write_folder
 from latentkit.checkpoints.files import find, load_model, save_model
-from latentkit.checkpoints.ldm_file import match, read_single, write_single
+from latentkit.checkpoints.ldm_file import filled, match, read_single, write_single
+from latentkit.checkpoints.probe import BOTH, settle
 from latentkit.checkpoints.rename import finite
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -30,6 +31,8 @@ class Opened(NamedTuple):
     model: LatentDiffusion
     provenance: dict[str, Any]
     layout: Layout
+    certain: bool = True
+    """Whether what its network predicts is known; otherwise `probe.settle` asks the network."""
 
 
 def layout_of(path: Path) -> Layout:
@@ -62,7 +65,8 @@ def open_model(
         return Opened(read_folder(path, device, dtype), {"source": "diffusers folder"}, layout)
     if layout == "ldm":
         model, found = read_single(path, device, dtype, averaged)
-        return Opened(model, {"source": f"single file, {found.name}"}, layout)
+        certain = found.certain or found.name not in BOTH
+        return Opened(model, {"source": f"single file, {found.name}"}, layout, certain)
     path = find(path)
     stored = Counter(tensor.dtype for tensor in read_archive(path).tensors.values()).most_common(1)[0][0]
     model, provenance = load_model(path, device, dtype or stored)
@@ -119,6 +123,8 @@ def report(path: str | Path) -> dict[str, Any]:
         archive = read_archive(path)
         matched = match(archive, str(path))
         model, state = matched.model, matched.state
+        if not (matched.found.certain or matched.complaints) and matched.found.name in BOTH:
+            settle(filled(model, state, torch.device("cpu"), None), str(path))
         names = archive.tensors
         found |= {
             "kind": matched.found.name,

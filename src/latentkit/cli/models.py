@@ -56,6 +56,7 @@ def convert(
 
     from latentkit.checkpoints.layouts import TYPES, Layout, differences, open_model, write_model
     from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE
+    from latentkit.checkpoints.probe import settle
     from latentkit.errors import InputError, nearest
 
     if to not in get_args(Layout):
@@ -65,6 +66,8 @@ def convert(
     if target.exists():
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
     opened = open_model(source, averaged=averaged)
+    if not opened.certain:
+        settle(opened.model, str(source))
     wanted = TYPES[dtype] if dtype else None
     write_model(target, opened, cast(Layout, to), wanted)
     again = open_model(target)

@@ -6,7 +6,7 @@ layout2img-openimages256 the last released code would take others, without an er
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.errors import InputError, nearest
@@ -14,6 +14,7 @@ from latentkit.model.conditioners.clip import REFINER_TEXT, SD1_TEXT, SD2_TEXT, 
 from latentkit.model.conditioners.image import UNCLIP_H_IMAGE, UNCLIP_L_IMAGE
 from latentkit.model.conditioners.label import CIN256_LABEL, CIN256_V2_LABEL
 from latentkit.model.conditioners.numbers import REFINER_NUMBERS, SDXL_NUMBERS, UPSCALER_NUMBERS
+from latentkit.model.denoiser import PredictionName
 from latentkit.model.latent_diffusion import Architecture
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.towers import BertTextConfig
@@ -213,3 +214,10 @@ def preset(name: str) -> Architecture:
     if name not in PRESETS:
         raise InputError(f"preset {name!r} is unknown; {nearest(name, PRESETS)}", exit_code=2)
     return PRESETS[name].architecture
+
+
+def predicting(architecture: Architecture, prediction: str) -> Architecture:
+    """The same with another prediction: the preset that is so, with its own size, where there is one."""
+    changed = replace(architecture, prediction=cast(PredictionName, prediction))
+    own = (known.architecture for known in PRESETS.values())
+    return next((one for one in own if replace(one, size=architecture.size) == changed), changed)
