@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from torch import Tensor
 
+from latentkit.applications import adapters
 from latentkit.applications.attachment import Attachment, Guide, WeightsFile
 from latentkit.applications.generate import Progress, Result, generate, replay
 from latentkit.applications.metadata import read
@@ -125,6 +126,19 @@ def test_the_base_is_as_it_was_while_another_picture_is_drawn_and_when_one_is_ca
         assert (one.data_ptr(), True) == (before[name][0], torch.equal(one, before[name][1]))
 
 
+def test_a_lora_is_on_inside_of_its_context_alone(tmp_path: Path) -> None:
+    request = adapters.opened(asking(lora=[[lora(tmp_path, QUERY), 1.0]]), NETWORK, {})
+    own = NETWORK.state_dict()[QUERY].data_ptr()
+    context = adapters.wearing(NETWORK, request)
+    for _ in range(2):
+        assert NETWORK.state_dict()[QUERY].data_ptr() == own
+        with context:
+            assert NETWORK.state_dict()[QUERY].data_ptr() != own
+    with pytest.raises(ZeroDivisionError), context:
+        raise ZeroDivisionError
+    assert NETWORK.state_dict()[QUERY].data_ptr() == own
+
+
 @pytest.mark.parametrize("fields", [{}, {"guidance_scale": 1.0}, {"pag_scale": 2.0}], ids=str)
 def test_a_controlnet_adds_what_it_is_weighed(tmp_path: Path, fields: dict[str, Any]) -> None:
     file, other, picture = controlnet(tmp_path), controlnet(tmp_path, 2), hint(tmp_path)
@@ -187,8 +201,6 @@ def test_batches_equal_singles_and_records_draw_again(tmp_path: Path) -> None:
 
 
 def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentkit.applications import adapters
-
     kind, reader = adapters.READERS["lora"]
     calls: list[Path] = []
     monkeypatch.setitem(adapters.READERS, "lora", (kind, lambda path, model: calls.append(path) or reader(path, model)))

@@ -11,7 +11,7 @@ from tiny import tiny_model
 from torch import Tensor
 
 from latentkit.applications import inpaint
-from latentkit.applications.attachment import Attachment
+from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import read
 from latentkit.applications.request import ImageToImage, Inpainting, Request, TextToImage, known, resolve
@@ -191,6 +191,13 @@ def test_a_batch_equals_its_singles_and_its_records_draw_again(make: Make, init:
     record = one.record.model_copy(update={"request": one.request.model_copy(update={"init": init, "mask": mask})})
     (again,) = [event for event in replay(model, record) if isinstance(event, Result)]
     assert again.png() == one.png()
+
+
+def test_a_guide_sees_what_the_model_sees(make: Make, init: Attachment) -> None:
+    mask, itself = make(halves()), Guide("1" * 64, SEES)
+    guided = drawn(SEES, Inpainting(init, mask, prompt="cat", seed=3, guidance_model=itself, guidance_scale=4.0))
+    alone = drawn(SEES, Inpainting(init, mask, prompt="cat", seed=3, guidance_scale=1.0))
+    torch.testing.assert_close(guided, alone, rtol=0, atol=1e-5)
 
 
 def test_what_cannot_be_done(make: Make, init: Attachment) -> None:
