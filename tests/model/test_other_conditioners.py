@@ -185,3 +185,10 @@ def test_classes_of_the_2021_models_are_one_token_and_no_vector() -> None:
     assert torch.equal(context(without(["dog"]))[0], without.embedding.weight[1:])
     with pytest.raises(InputError, match="no picture without a class"):
         without([None])
+
+
+def test_sizes_are_those_drawn() -> None:
+    assert SDXL_NUMBERS.drawn(768, 512) == SDXL_NUMBERS.drawn(768, 512, away=True) == (768, 512, 0, 0, 768, 512)
+    assert REFINER_NUMBERS.drawn(768, 512) == (768, 512, 0, 0, 6)
+    assert REFINER_NUMBERS.drawn(768, 512, away=True) == (768, 512, 0, 0, 2.5)
+    assert UPSCALER_NUMBERS.drawn(768, 512) == (20,)

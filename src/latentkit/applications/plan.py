@@ -148,7 +148,7 @@ def _rule(network: LatentDiffusion, request: Request, disturbed: Callable[[], De
 def _told(network: LatentDiffusion, requests: Sequence[Request]) -> dict[str, list[Any]]:
     """What the requests say, by conditioner; what one does not say is absent."""
     said: dict[str, list[Any]] = {"text": [r.prompt for r in requests], "label": [r.label for r in requests]}
-    said |= _levels(requests)
+    said |= _numbers(network, requests)
     return {name: _filled(network, name, values) for name, values in said.items() if name in network.conditioners}
 
 
@@ -156,13 +156,17 @@ def _absent(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioni
     """The rows that guidance leads away from."""
     words = [request.negative or None for request in requests]
     values = {"text": _filled(network, "text", words)} if "text" in network.conditioners else {}
-    return network.condition({**values, **_levels(requests)}, len(requests))
+    return network.condition({**values, **_numbers(network, requests, away=True)}, len(requests))
 
 
-def _levels(requests: Sequence[Request]) -> dict[str, list[Any]]:
-    """The numbers that an upscaler is told, whatever it is guided by."""
-    levels = [(request.noise_level,) for request in requests]
-    return {} if levels[0] == (None,) else {"numbers": levels}
+def _numbers(network: LatentDiffusion, requests: Sequence[Request], away: bool = False) -> dict[str, list[Any]]:
+    """The upscaler's level of noise, or sizes; `away`: on the side that guidance leads away from."""
+    config = network.architecture.numbers
+    if config is None:
+        return {}
+    if requests[0].noise_level is not None:
+        return {"numbers": [(request.noise_level,) for request in requests]}
+    return {"numbers": [config.drawn(known(r.height), known(r.width), away) for r in requests]}
 
 
 def _filled(network: LatentDiffusion, name: str, values: list[Any]) -> list[Any]:

@@ -11,6 +11,9 @@ from latentkit.errors import InputError
 from latentkit.model.conditioning import Conditioning
 from latentkit.nets.layers import sinusoids
 
+AWAY_SCORE = 2.5
+"""The refiner's aesthetic score of what is guided away from."""
+
 
 @dataclass(frozen=True)
 class NumbersConfig:
@@ -33,11 +36,20 @@ class NumbersConfig:
         """Width of the vector."""
         return len(self.default) * (self.width or 1)
 
+    def drawn(self, height: int, width: int, away: bool = False) -> tuple[float, ...]:
+        """The default at the size drawn, pixels: a whole picture of that size; `away`: what is guided away from."""
+        size = float(height), float(width)
+        if len(self.default) == 6:
+            return (*size, *self.default[2:4], *size)
+        if len(self.default) == 5:
+            return (*size, *self.default[2:4], AWAY_SCORE if away else self.default[4])
+        return self.default
+
 
 SDXL_NUMBERS = NumbersConfig((1024, 1024, 0, 0, 1024, 1024))
 """Height and width of the original, top and left of the crop, height and width drawn."""
 REFINER_NUMBERS = NumbersConfig((1024, 1024, 0, 0, 6))
-"""Height and width of the original, top and left of the crop, aesthetic score (2.5 for what is guided away from)."""
+"""Height and width of the original, top and left of the crop, aesthetic score."""
 UPSCALER_NUMBERS = NumbersConfig((20,), width=None)
 """Level of the noise that was put on the small picture."""
 
