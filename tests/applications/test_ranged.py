@@ -1,6 +1,7 @@
 """A model of values by a stated range writes such values."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +10,12 @@ from tiny import tiny_model
 
 from latentkit.applications.generate import Result, generate
 from latentkit.applications.request import Unconditional
-from latentkit.checkpoints.files import Model
+from latentkit.applications.train_diffusion import _first_stage
+from latentkit.checkpoints.files import Model, save_autoencoder
 from latentkit.errors import InputError
+from latentkit.model.first_stage import FirstStage
+from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.training.recipe import DiffusionRecipe, parse_recipe
 
 
 def drawn(**changes: object) -> Result:
@@ -34,3 +39,33 @@ def test_values_are_written_in_their_type_and_range() -> None:
 def test_a_range_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(InputError, match="scan: its range of values is invalid"):
         drawn(low=5000.0)
+
+
+def second(path: Path, **stated: object) -> DiffusionRecipe:
+    transform = {"size": 16, "channels": 3, **({"range": stated} if stated else {})}
+    recipe = parse_recipe(
+        {
+            "stage": "diffusion",
+            "name": "scans",
+            "first_stage": str(path),
+            "data": {"path": "x", "transform": transform},
+            "network": {},
+            "schedule": {"steps": 1, "batch": 1},
+        }
+    )
+    assert isinstance(recipe, DiffusionRecipe)
+    return recipe
+
+
+def test_both_stages_read_values_alike(tmp_path: Path) -> None:
+    config = AutoencoderConfig(channels=16, multipliers=(1,), blocks=1, attention=False)
+    path, plain = tmp_path / "ae.safetensors", tmp_path / "plain.safetensors"
+    stated = {"kind": "linear", "low": 0.0, "high": 600.0}
+    save_autoencoder(path, FirstStage(config, 3), {"recipe": {"data": {"transform": {"range": stated}}}})
+    save_autoencoder(plain, FirstStage(config, 3), {})
+    for wrong in ({}, stated | {"high": 601.0}, stated | {"kind": "window"}):
+        with pytest.raises(InputError, match="state the same"):
+            _first_stage(second(path, **wrong))
+    assert _first_stage(second(path, **stated, samples="uint16"))[0] is not None
+    assert _first_stage(second(plain))[0] is not None
+    assert _first_stage(second(plain, **stated))[0] is not None

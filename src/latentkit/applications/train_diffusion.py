@@ -10,7 +10,7 @@ import torch
 from latentkit import __version__
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data, write_sheet
-from latentkit.checkpoints.files import find, load_autoencoder, save_model
+from latentkit.checkpoints.files import save_model
 from latentkit.data.dataset import Pictures
 from latentkit.data.latents import LatentCache, cache_folder, open_latents
 from latentkit.data.loader import Batch, Loader, Samples, collate
@@ -18,6 +18,7 @@ from latentkit.data.order import Order
 from latentkit.data.source import Source
 from latentkit.diffusion.noise import keyed_batch
 from latentkit.errors import InputError
+from latentkit.evaluation.first_stage import open_first_stage
 from latentkit.model.conditioners.text import TextConditioner, train_tokenizer
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
@@ -114,7 +115,14 @@ def _first_stage(recipe: DiffusionRecipe) -> tuple[FirstStage | None, str]:
     """The trained first stage and its encoder's digest; None for the identity."""
     if recipe.first_stage == IDENTITY:
         return None, IDENTITY
-    first_stage = load_autoencoder(find(recipe.first_stage))
+    opened = open_first_stage(recipe.first_stage, "cpu")
+    first_stage, trained, here = opened.first_stage, opened.values, recipe.data.transform.range
+    if trained is not None and (here is None or not trained.same(here)):
+        raise InputError(
+            f"first_stage {recipe.first_stage} was trained on values by data.transform.range: {trained}, the recipe's "
+            f"is {here or 'none'}; state the same",
+            exit_code=2,
+        )
     return first_stage, IDENTITY if first_stage.autoencoder is None else encoder_digest(first_stage.autoencoder)
 
 

@@ -35,6 +35,10 @@ class Range(BaseModel):
             raise ValueError(f"range of kind log from {self.low}: low must be above 0; what is below it counts as it")
         return self
 
+    def same(self, other: "Range") -> bool:
+        """Whether both read values alike, in whatever type they write them."""
+        return self.model_copy(update={"samples": other.samples}) == other
+
     def to_unit(self, values: np.ndarray) -> np.ndarray:
         """Values of any type as float32 in 0..1; InputError for some that are outside where it is linear."""
         x = values.astype(np.float64)
