@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peer import OURS, Case
+from schedulers import OURS, Case
 
 from latentkit.diffusion.prediction import EDM, FLOW, PREDICTIONS, consistency
 from latentkit.diffusion.schedule import NoiseSchedule

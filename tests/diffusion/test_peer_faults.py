@@ -9,7 +9,7 @@ import torch
 from cases import whole_third_order
 from convergence import LOG, fitted
 from ideal import problems
-from peer import START, network, scheduler_class, widened
+from schedulers import START, network, scheduler_class, widened
 
 from latentkit.diffusion.prediction import EDM, to_x0
 

@@ -10,7 +10,7 @@ import test_samplers_exact as exact
 import test_samplers_parity as parity
 from cases import cases
 from convergence import LOG, orders
-from peer import Case
+from schedulers import Case
 
 from latentkit.diffusion.samplers import adams, dpm, driver, euler, heun, langevin, quadrature, singlestep, unipc
 from latentkit.diffusion.samplers.driver import SamplerEntry, table

@@ -1,6 +1,6 @@
 """Samplers against diffusers' schedulers: whole trajectories in float64, for every spacing, prediction and ending.
 
-`peer.Case` runs both from one start along the peer's own ladder. Relative differences stay below 1e-9 where the
+`schedulers.Case` runs both from one start along the peer's own ladder. Relative differences stay below 1e-9 where the
 mathematics is the same, and below 1e-5 where an infinite sigma has a finite stand-in. What of the peer is not compared
 is listed with its reason, and a class, option or value that is new in the peer fails until it is compared or listed.
 """
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from cases import SD, cases, label
-from peer import NOISE, PEERS, START, Case, Recorded, network, scheduler_class, widened
+from schedulers import NOISE, PEERS, START, Case, Recorded, network, scheduler_class, widened
 
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import invert, sample

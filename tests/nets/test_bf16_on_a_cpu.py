@@ -182,3 +182,5 @@ def test_feed_forward_without_gradients_is_that_with_them(fused: bool, monkeypat
         drawn = module(x)
     assert apart(drawn, exact(x.double())) < 2e-2
     assert apart(drawn, module(x).double()) < 1e-2
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert apart(module.float()(x), exact(x.double())) < 2e-2

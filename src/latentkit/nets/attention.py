@@ -12,8 +12,20 @@ from latentkit.nets.layers import bf16_on_cpu, group_norm, normalised, zeroed
 
 PORTION = 1 << 20
 """Scores that `_MatrixAttention` works on at a time: few enough for the cache; half as many on the way back."""
-FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-"""A linear layer and what is done to its result in one pass, where torch was built with it; it has no gradient."""
+
+
+def _fused() -> Any:
+    """A linear layer of bfloat16 and what is done to its result in one pass, without a gradient.
+
+    None where torch was built without it, or the machine has no instructions for it.
+    """
+    own = torch.ops.mkldnn
+    if not (torch.backends.mkldnn.is_available() and hasattr(own, "_linear_pointwise")):
+        return None
+    return own._linear_pointwise if own._is_mkldnn_bf16_supported() else None
+
+
+FUSED = _fused()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
@@ -152,7 +164,7 @@ class FeedForward(nn.Module):
         """The first half is the value, the second the gate."""
         if bf16_on_cpu(x) and not torch.is_grad_enabled():
             (value, value_bias), (gate, gate_bias) = zip(self.project.weight.chunk(2), self.project.bias.chunk(2))
-            if FUSED is None:
+            if FUSED is None or gate.dtype != x.dtype:  # as under autocast
                 return self.out(F.linear(x, value, value_bias).mul_(F.gelu(F.linear(x, gate, gate_bias))))
             opened = FUSED(x, gate, gate_bias, "gelu", [], "none")
             return self.out(FUSED.binary(x, opened, value, value_bias, "mul"))
