@@ -30,6 +30,8 @@ def read_archive(path: Path) -> Archive:
             start = file.read(16)
         if start[:4] == b"PK\x03\x04":
             return _pickled(read_pickle(path), path)
+        if len(start) < 9:
+            raise InputError(f"{path}: is truncated: it has {len(start)} bytes")
         if start[8:9] != b"{":
             old = " (an old pickle; save it again with torch.save of today)" if start[:1] == b"\x80" else ""
             raise InputError(f"{path}: is neither safetensors nor a zip that torch.save wrote{old}")
