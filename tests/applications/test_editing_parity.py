@@ -17,6 +17,7 @@ from latentkit.applications.generate import Progress, Result, generate
 from latentkit.applications.request import Inpainting, Request, TextToImage
 from latentkit.checkpoints.diffusers_folder import write_folder
 from latentkit.checkpoints.files import Model
+from latentkit.checkpoints.lora_files import write_lora
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.model.conditioners.clip import ClipConfig
@@ -24,6 +25,7 @@ from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.clip import ClipTextConfig
+from latentkit.nets.lora import Change
 from latentkit.nets.unet import UNetConfig
 
 pytestmark = pytest.mark.parity
@@ -165,6 +167,30 @@ def test_two_controlnets(kind: str, tmp_path: Path) -> None:
     fields = scheduled(pipe, kind)
     other = theirs(pipe, image=hints, controlnet_conditioning_scale=[0.8, -0.5])
     agree(ours(model, TextToImage(control=entries, **fields)), other)
+    plain, _ = ours(model, TextToImage(**fields))
+    assert (plain - other[0]).abs().max() > 0.05
+
+
+def test_a_lora_on_network_and_text_tower(tmp_path: Path) -> None:
+    import diffusers
+
+    pytest.importorskip("peft")
+    model = made(tmp_path / "saved")
+    state, changes = model.network.state_dict(), {}
+    block = "denoiser.unet.down.0.blocks.0.transformer.blocks.0"
+    tower = "conditioners.text.towers.0.blocks.0.attention"
+    for name in (f"{block}.self_attention.q", f"{block}.cross_attention.v", f"{tower}.q", f"{tower}.v"):
+        rows, columns = state[f"{name}.weight"].shape
+        down, up = keyed_normal((3, columns), 1, name, "down"), keyed_normal((rows, 3), 1, name, "up")
+        changes[f"{name}.weight"] = Change(down * columns**-0.5, up, 2.0)
+    write_lora(tmp_path / "style.safetensors", model.network, changes, "diffusers")
+    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.load_lora_weights(tmp_path / "style.safetensors")
+    fields = scheduled(pipe, "DDIM")
+    file = WeightsFile.read(tmp_path / "style.safetensors")
+    other = theirs(pipe, cross_attention_kwargs={"scale": 0.7})
+    agree(ours(model, TextToImage(lora=[[file, 0.7]], **fields)), other)
     plain, _ = ours(model, TextToImage(**fields))
     assert (plain - other[0]).abs().max() > 0.05
 
