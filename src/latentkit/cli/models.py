@@ -7,13 +7,13 @@ import typer
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A model file, a checkpoint, or a diffusers folder.")],
+    path: Annotated[Path, typer.Argument(help="A shipped model, a file, a run or a diffusers folder.")],
     json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
 ) -> None:
     """Say what a model file is, what it holds, and what is wrong with it."""
     from latentkit.checkpoints.layouts import report
 
-    found = report(path)
+    found = report(_place(path))
     if json:
         import json as writer
 
@@ -22,6 +22,13 @@ def inspect(
         typer.echo("\n".join(_lines(found)))
     if found["wrong"]:
         raise typer.Exit(1)
+
+
+def _place(path: Path) -> Path:
+    """A diffusers folder as it is, else what the name means wherever a model is named."""
+    from latentkit.checkpoints.files import find
+
+    return path if (path / "model_index.json").exists() else find(path)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -43,7 +50,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(help="A model file, a checkpoint, or a diffusers folder.")],
+    source: Annotated[Path, typer.Argument(help="A shipped model, a file, a run or a diffusers folder.")],
     target: Annotated[Path, typer.Argument(help="File or folder to write; it must not exist.")],
     to: Annotated[str, typer.Option("--to", help="Layout: ldm, diffusers or latentkit.")],
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; as stored otherwise.")] = None,
@@ -65,6 +72,7 @@ def convert(
         raise InputError(f"type {dtype!r} is unknown; {nearest(dtype, TYPES)}", exit_code=2)
     if target.exists():
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
+    source = _place(source)
     opened = open_model(source, averaged=averaged)
     if not opened.certain:
         settle(opened.model, str(source))
@@ -94,7 +102,7 @@ def diff(
     """Say in which weights two models differ; exit code 1 if they do."""
     from latentkit.checkpoints.layouts import differences, open_model
 
-    one, other = open_model(first).model, open_model(second).model
+    one, other = (open_model(_place(path)).model for path in (first, second))
     apart = differences(one.state_dict(), other.state_dict())
     for name, why in apart.items():
         typer.echo(f"{name}: {why}")
