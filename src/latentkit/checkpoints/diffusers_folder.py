@@ -237,7 +237,7 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     coder = "vqvae" if architecture.network.plain_attention else "vae"
     assert architecture.first_stage is not None or _pairs(model, place)
     scale = usual_scale(model)
-    changed = model.state_dict() | folded(model, scale)
+    changed = model.state_dict() | folded(model, scale, dtype)
     stage = architecture.first_stage
     assert stage is not None
     cells = architecture.size[0] // stage.downsampling

@@ -153,12 +153,13 @@ def read_single(
     return filled(matched.model, matched.state, torch.device(device), dtype), matched.found
 
 
-def folded(model: LatentDiffusion, scale: float) -> dict[str, Tensor]:
+def folded(model: LatentDiffusion, scale: float, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The autoencoder's outermost convolutions for latents that others multiply with `scale` and shift by nothing.
 
     Our latents are (raw - mean) / std by channel; theirs are raw times `scale`. So raw latents become
     (raw - mean) / (std scale), exactly, by changing the last 1x1 convolution of the encoder and the first of the
-    decoder. Empty where there is nothing to change. Errors: InputError for a codebook, whose distances it would change.
+    decoder, in `dtype` (None: the weights'). Empty where there is nothing to change. Errors: InputError for a codebook,
+    whose distances it would change.
     """
     stage = model.first_stage
     mean, std = (part.double().cpu() for part in (stage.latent_mean, stage.latent_std))
@@ -177,7 +178,7 @@ def folded(model: LatentDiffusion, scale: float) -> dict[str, Tensor]:
         "from_latent.weight": back.weight.double().cpu() * ratio[:, None, None],
         "from_latent.bias": _bias(back).double().cpu() + back.weight.double().cpu()[:, :, 0, 0] @ mean,
     }
-    return {OUR_FIRST_STAGE + name: tensor.to(to.weight.dtype) for name, tensor in kinds.items()}
+    return {OUR_FIRST_STAGE + name: tensor.to(dtype or to.weight.dtype) for name, tensor in kinds.items()}
 
 
 def _bias(layer: torch.nn.Conv2d) -> Tensor:
@@ -202,7 +203,7 @@ def write_single(
     pairs = single_pairs(model)
     architecture = model.architecture
     scale = usual_scale(model)
-    tensors = given(pairs, model.state_dict() | folded(model, scale))
+    tensors = given(pairs, model.state_dict() | folded(model, scale, dtype))
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     if architecture.prediction == "v":
