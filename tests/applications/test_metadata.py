@@ -3,13 +3,18 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from latentkit.applications import metadata
 from latentkit.applications.metadata import MAX_RECORD, Machine, Record, a1111, chunks, read
 from latentkit.applications.request import Request
 from latentkit.data.pictures import to_png
+from latentkit.diffusion.samplers.driver import split_name
+from latentkit.diffusion.schedule import NoiseSchedule
+from latentkit.diffusion.spacing import space
 from latentkit.errors import InputError
 
 MACHINE = Machine(latentkit="0.1.0", torch="2.13.0", device="x86_64", threads=2, dtype="bfloat16")
@@ -102,3 +107,12 @@ def test_a_chunk_that_unfolds_is_not_unfolded(tmp_path: Any) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "bomb.png", pnginfo=info)
     with pytest.raises(InputError):
         read((tmp_path / "bomb.png").read_bytes(), "bomb.png")
+
+
+def test_the_names_that_other_programs_read_mean_our_samplers_and_spacings() -> None:
+    for own, theirs in metadata.A1111_SAMPLERS.items():
+        assert split_name(theirs) == (own, None)
+    schedule = NoiseSchedule(kind="scaled_linear")
+    for own, theirs in metadata.A1111_SPACINGS.items():
+        if own not in ("uniform", "beta_sigma"):  # words that mean other things to ComfyUI, or to us
+            assert np.array_equal(space(theirs, schedule, 10), space(own, schedule, 10))

@@ -18,13 +18,17 @@ KEY = "latentkit"
 MAX_RECORD = 100_000
 """Characters of a record: far more than the longest request takes."""
 MAX_BATCH = 32
-A1111_SAMPLERS = {"dpm++2m": "DPM++ 2M", "euler": "Euler", "euler_ancestral": "Euler a", "heun": "Heun"}
+A1111_SAMPLERS = {
+    "euler": "Euler", "euler_ancestral": "Euler a", "ddim": "DDIM", "lcm": "LCM", "heun": "Heun", "dpm2": "DPM2",
+    "dpm2_ancestral": "DPM2 a", "lms": "LMS", "plms": "PLMS", "dpm++2m": "DPM++ 2M", "dpm++2m_sde": "DPM++ 2M SDE",
+    "dpm++2m_sde_heun": "DPM++ 2M SDE Heun", "dpm++3m_sde": "DPM++ 3M SDE", "dpm++2s_ancestral": "DPM++ 2S a",
+    "dpm++sde": "DPM++ SDE", "dpm_adaptive": "DPM adaptive", "unipc": "UniPC",
+}  # fmt: skip
 A1111_SPACINGS = {
-    "uniform": "SGM Uniform",
-    "karras": "Karras",
-    "exponential": "Exponential",
-    "kl_optimal": "KL Optimal",
-}
+    "uniform": "SGM Uniform", "karras": "Karras", "exponential": "Exponential", "polyexponential": "Polyexponential",
+    "kl_optimal": "KL Optimal", "ays_sd1": "Align Your Steps", "simple": "Simple", "normal": "Normal",
+    "beta_sigma": "Beta",
+}  # fmt: skip
 Text = Annotated[str, StringConstraints(max_length=300)]
 
 
