@@ -370,6 +370,8 @@ def _fill(
     ready = {}
     for name, tensor in tensors.items():
         wanted = (dtype or compute_type(tensor.dtype, device)) if name in parameters else torch.float32
-        ready[name] = tensor.to(device, wanted, copy=True)
+        kernel = tensor.ndim == 4 and wanted == torch.bfloat16  # as convolutions are fastest on it
+        layout = torch.channels_last if kernel else torch.preserve_format
+        ready[name] = tensor.to(device, wanted, copy=True, memory_format=layout)
     module.load_state_dict(ready, assign=True)
     module.eval().requires_grad_(False)

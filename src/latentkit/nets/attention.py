@@ -37,7 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causa
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     allowed = None if mask is None else mask[:, None, None, :]
     if bf16_on_cpu(q):
-        return _MatrixAttention.apply(q, k, v, allowed)
+        return _MatrixAttention.apply(q, k, v, allowed) if torch.is_grad_enabled() else _attended(q, k, v, allowed)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
 
 
@@ -52,14 +52,7 @@ class _MatrixAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
         """`allowed` is boolean `b 1 1 m`."""
         ctx.save_for_backward(q, k, v, allowed)
-        y = _unwritten(q)
-        for rows, heads, chunks in _portions(q, k, PORTION):
-            k_, v_ = k[rows, heads], v[rows, heads]
-            for chunk in chunks:
-                part = rows, heads, chunk
-                scores = _scores(q[part] * q.shape[3] ** -0.5, k_, allowed, rows)
-                y[part] = scores.softmax(-1) @ v_  # the softmax is float32 inside
-        return y
+        return _attended(q, k, v, allowed)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -81,6 +74,17 @@ class _MatrixAttention(torch.autograd.Function):
                 sums = [a.float().add_(b) for a, b in zip(sums, shares)] if sums else list(shares)
             by_k[rows, heads], by_v[rows, heads] = sums
         return by_q, by_k, by_v, None
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
+    """The values that each query gets, `b h n d`."""
+    y, scale = _unwritten(q), q.shape[3] ** -0.5
+    for rows, heads, chunks in _portions(q, k, PORTION):
+        k_, v_ = k[rows, heads], v[rows, heads]
+        for chunk in chunks:
+            part = rows, heads, chunk
+            y[part] = _scores(q[part] * scale, k_, allowed, rows).softmax(-1) @ v_  # the softmax is float32 inside
+    return y
 
 
 def _unwritten(like: Tensor) -> Tensor:

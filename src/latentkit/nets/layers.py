@@ -45,6 +45,8 @@ def normalised(
             scale, shift = (part.float() for part in modulation)
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
         weight, bias = (part.expand(len(x), -1).unflatten(1, (norm.num_groups, -1)) for part in (weight, bias))
+        if not torch.is_grad_enabled():
+            return _forward(x, weight, bias, norm.eps, silu)[0]
         return _ChannelsLastNorm.apply(x, weight, bias, norm.eps, silu)
     h = norm(x)
     if modulation is not None:
@@ -63,23 +65,8 @@ class _ChannelsLastNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
-        """(x - mean) / std * weight + bias, mean and std of a group's channels and pixels (Wu & He 2018)."""
-        y, statistics = torch.empty_like(x), []
-        for x_, y_, weight_, bias_ in _rows(x, y, weight, bias):
-            sums = []
-            for (part,) in _pieces(x_):
-                pixels = part.float()
-                sums.append(torch.stack([pixels.sum(1), (pixels * pixels).sum(1)]))
-            mean, square = _group_means(_total(sums), weight_, x_)
-            rate = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).add_(eps).rsqrt_()
-            scale = rate * weight_
-            shift = torch.addcmul(bias_, mean, scale, value=-1).flatten(1)[:, None]
-            scale = scale.flatten(1)[:, None]
-            for part, written in _pieces(x_, y_):
-                pixels = pixels if part.shape == x_.shape else part.float()
-                z = torch.addcmul(shift, pixels, scale, out=pixels)
-                written.copy_(F.silu(z, inplace=True) if silu else z)
-            statistics.append(torch.stack([mean, rate]))
+        """See `_forward`."""
+        y, statistics = _forward(x, weight, bias, eps, silu)
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.silu = silu
         return y
@@ -120,6 +107,30 @@ class _ChannelsLastNorm(torch.autograd.Function):
             torch.mul(tilt - level * mean, rate, out=by_weight_)
             by_bias_.copy_(level)
         return by_x, by_weight, by_bias, None, None
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, list[Tensor]]:
+    """(x - mean) / std * weight + bias, mean and std of a group's channels and pixels (Wu & He 2018).
+
+    Besides, mean and 1 / std of some pictures at a time, `2 b g 1`.
+    """
+    y, statistics = torch.empty_like(x), []
+    for x_, y_, weight_, bias_ in _rows(x, y, weight, bias):
+        sums = []
+        for (part,) in _pieces(x_):
+            pixels = part.float()
+            sums.append(torch.stack([pixels.sum(1), (pixels * pixels).sum(1)]))
+        mean, square = _group_means(_total(sums), weight_, x_)
+        rate = torch.addcmul(square, mean, mean, value=-1).clamp_min_(0).add_(eps).rsqrt_()
+        scale = rate * weight_
+        shift = torch.addcmul(bias_, mean, scale, value=-1).flatten(1)[:, None]
+        scale = scale.flatten(1)[:, None]
+        for part, written in _pieces(x_, y_):
+            pixels = pixels if part.shape == x_.shape else part.float()
+            z = torch.addcmul(shift, pixels, scale, out=pixels)
+            written.copy_(F.silu(z, inplace=True) if silu else z)
+        statistics.append(torch.stack([mean, rate]))
+    return y, statistics
 
 
 def _total(parts: list[Tensor]) -> Tensor:
