@@ -280,7 +280,7 @@ def _write(path: Path, document: _Document, module: nn.Module, dtype: torch.dtyp
 
 
 def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
-    """The document and the tensors (mapped, not read) of a file of `kind` (None: either)."""
+    """The document and the tensors of a file of `kind` (None: either), read once: mapped, they would count twice."""
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -290,10 +290,17 @@ def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
         with safe_open(path, "pt") as tables:
             metadata = tables.metadata() or {}
             document = _document(path, metadata, kind)
-            tensors = {name: tables.get_tensor(name) for name in tables.keys()}  # noqa: SIM118
+            tensors = {name: _unread(tables, name) for name in tables.offset_keys()}
+        hashed = hashlib.sha256()
         with open(path, "rb") as file:
             file.seek(8 + int.from_bytes(start[:8], "little"))
-            content = "0x" + hashlib.file_digest(file, "sha256").hexdigest()
+            for name, tensor in tensors.items():
+                data = tensor.reshape(-1).view(torch.uint8).numpy().data
+                file.readinto(data)
+                hashed.update(data)
+                if tensor.ndim == 4 and tensor.dtype == torch.bfloat16:  # as convolutions are fastest on it
+                    tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
+        content = f"0x{hashed.hexdigest()}"
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
@@ -301,6 +308,13 @@ def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
     if content != metadata.get("modelspec.hash_sha256"):
         raise InputError(f"{path}: is damaged: its weights are not those that were written; get the file again")
     return document, tensors
+
+
+def _unread(tables: Any, name: str) -> Tensor:
+    """Memory for a tensor of a file (of another type than `TYPES`, the tensor)."""
+    entry = tables.get_slice(name)
+    dtype = next((dtype for dtype, word in TYPES.items() if word == entry.get_dtype()), None)
+    return torch.empty(entry.get_shape(), dtype=dtype) if dtype else tables.get_tensor(name).clone()
 
 
 def _document(path: Path, metadata: dict[str, str], kind: Kind | None) -> _Document:
@@ -368,10 +382,10 @@ def _fill(
         raise InputError(f"{path}: does not hold the model that it describes: " + "; ".join(wrong))
     parameters = dict(module.named_parameters())
     ready = {}
-    for name, tensor in tensors.items():
+    for name in expected:
+        tensor = tensors.pop(name)  # what is copied is let go of
         wanted = (dtype or compute_type(tensor.dtype, device)) if name in parameters else torch.float32
-        kernel = tensor.ndim == 4 and wanted == torch.bfloat16  # as convolutions are fastest on it
-        layout = torch.channels_last if kernel else torch.preserve_format
-        ready[name] = tensor.to(device, wanted, copy=True, memory_format=layout)
+        layout = torch.preserve_format if wanted == torch.bfloat16 else torch.contiguous_format
+        ready[name] = tensor.to(device, wanted, memory_format=layout)
     module.load_state_dict(ready, assign=True)
     module.eval().requires_grad_(False)
