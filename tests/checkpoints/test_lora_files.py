@@ -269,3 +269,16 @@ def test_the_names_of_layers_are_those_of_the_pairs(model: LatentDiffusion) -> N
     assert {
         ours.removeprefix("conditioners.text.towers.0.") for (part, _), ours in names.items() if part != "unet"
     } == weights
+
+
+def test_a_full_disk_leaves_no_half_file(
+    model: LatentDiffusion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, mode: str) -> Any:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("builtins.open", full)
+    with pytest.raises(InputError, match="could not be written: No space left"):
+        write_lora(tmp_path / "lora.safetensors", model, changes(model, Q))
+    assert not (tmp_path / "lora.safetensors").exists()

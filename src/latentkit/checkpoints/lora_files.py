@@ -227,6 +227,7 @@ def write_lora(
     except FileExistsError:
         raise InputError(f"{path} exists and is not overwritten; name another file", exit_code=2) from None
     except OSError as error:
+        path.unlink(missing_ok=True)  # half a file is none
         raise InputError(f"{path} could not be written: {error.strerror or error}") from None
 
 
