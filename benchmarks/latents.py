@@ -23,10 +23,10 @@ import torch
 
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data
-from latentkit.applications.train import train
+from latentkit.applications.stages.train import train
 from latentkit.checkpoints.files import load
-from latentkit.evaluation.features import NETWORK, features
-from latentkit.evaluation.kid import kid
+from latentkit.evaluation.metrics.features import NETWORK, features
+from latentkit.evaluation.metrics.kid import kid
 from latentkit.training.recipe import parse_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -20,9 +20,9 @@ from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.bottleneck import Posterior, posterior
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNet, UNetConfig
-from latentkit.training.autoencoder import AutoencoderObjective, ReconstructionLoss
 from latentkit.training.diffusion import DiffusionLoss, DiffusionObjective
-from latentkit.training.losses import pyramid_l1, structure
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective, ReconstructionLoss
+from latentkit.training.first_stage.losses import pyramid_l1, structure
 from latentkit.training.optimizers import Optimiser, Stepper
 
 CAPTIONS = ["a red heart", "a slice of pizza", "the flag of a far country", "a cat with sunglasses"]

@@ -24,9 +24,9 @@ from latentkit.applications.pictures import write_sheet
 from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.source import Source, open_source, track
 from latentkit.diffusion.noise import keyed_bits
-from latentkit.evaluation.features import NETWORK, features
-from latentkit.evaluation.kid import kid
-from latentkit.evaluation.neighbours import memorisation
+from latentkit.evaluation.metrics.features import NETWORK, features
+from latentkit.evaluation.metrics.kid import kid
+from latentkit.evaluation.metrics.neighbours import memorisation
 
 SETTINGS = {"sampler": "dpm++2m", "spacing": "uniform", "steps": 12, "guidance_scale": 2.0}
 SIDE = 32

@@ -114,7 +114,7 @@ def test_the_house_is_as_planned() -> None:
         ("data/source.py", "from latentkit.training.ema import Ema", "imports sideways: data -> training"),
         ("data/source.py", "from latentkit.checkpoints import files", "imports sideways: data -> checkpoints"),
         ("checkpoints/files.py", "from latentkit.data import source", "imports sideways: checkpoints -> data"),
-        ("evaluation/kid.py", "import latentkit.applications", "imports sideways: evaluation -> applications"),
+        ("evaluation/metrics/kid.py", "import latentkit.applications", "imports sideways: evaluation -> applications"),
         (
             "training/trainer.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import latentkit.cli",
@@ -145,7 +145,7 @@ def test_every_offence_is_found(path: str, source: str, offence: str) -> None:
     ("path", "source"),
     [
         ("training/trainer.py", "from latentkit.data.loader import Loader\nfrom latentkit.checkpoints import files"),
-        ("applications/fit.py", "from latentkit.evaluation.kid import kid\nimport torch.nn"),
+        ("applications/fit.py", "from latentkit.evaluation.metrics.kid import kid\nimport torch.nn"),
         ("diffusion/schedule.py", "from latentkit.errors import InputError\nimport torch"),
         ("cli/train.py", "def f():\n    import torch\n\nfrom latentkit.applications.request import Request"),
         ("__init__.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),

@@ -7,7 +7,7 @@ import torch
 from test_retrieval import retrieval
 
 import latentkit
-from latentkit.applications.train_autoencoder import measure
+from latentkit.applications.stages.train_autoencoder import measure
 from latentkit.checkpoints.files import find
 from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.source import Source, open_source

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from tiny import tiny_model
 from torch import Tensor
 
-from latentkit.applications import adapters
 from latentkit.applications.attachment import Attachment, Guide, WeightsFile
 from latentkit.applications.generate import Progress, Result, generate, replay
 from latentkit.applications.metadata import read
 from latentkit.applications.request import Request, TextToImage
-from latentkit.checkpoints.controlnet_names import controlnet_pairs
+from latentkit.applications.tasks import adapters
+from latentkit.checkpoints.adapters.controlnet_names import controlnet_pairs
+from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.files import Model
-from latentkit.checkpoints.lora_files import write_lora
-from latentkit.checkpoints.rename import given
+from latentkit.checkpoints.names.rename import given
 from latentkit.data.pictures import to_png
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.errors import InputError

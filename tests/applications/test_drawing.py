@@ -9,10 +9,10 @@ import torch
 from tiny import tiny_model
 
 from latentkit.applications import generate as generating
-from latentkit.applications import image_to_image
 from latentkit.applications.generate import Progress, Result, draw, generate, replay
 from latentkit.applications.plan import from_noise
 from latentkit.applications.request import Attachment, ImageToImage, Request, TextToImage, Unconditional, resolve
+from latentkit.applications.tasks import image_to_image
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png
 from latentkit.diffusion.noise import PictureNoise

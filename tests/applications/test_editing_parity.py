@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from latentkit.applications import upscale
 from latentkit.applications.attachment import Attachment, WeightsFile
 from latentkit.applications.generate import Progress, Result, generate
 from latentkit.applications.request import Inpainting, Request, TextToImage
+from latentkit.applications.tasks import upscale
+from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.diffusers_folder import write_folder
 from latentkit.checkpoints.files import Model
-from latentkit.checkpoints.lora_files import write_lora
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.model.conditioners.clip import ClipConfig

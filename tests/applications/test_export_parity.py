@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import latentkit
 from latentkit.applications.generate import Result
-from latentkit.applications.train import train
+from latentkit.applications.stages.train import train
 from latentkit.cli import application
 from latentkit.training.recipe import read_recipe
 

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from small_fit import folder_of, square, tiny
 
-from latentkit.applications import train_autoencoder
 from latentkit.applications.fit import Fitted, fit, folder, measure
 from latentkit.applications.generate import draw
+from latentkit.applications.stages import train_autoencoder
 from latentkit.checkpoints.files import load
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError

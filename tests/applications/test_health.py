@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from latentkit.applications import health
-from latentkit.applications.health import Found, look, verdict, write_health
-from latentkit.applications.train import train
+from latentkit.applications.stages import health
+from latentkit.applications.stages.health import Found, look, verdict, write_health
+from latentkit.applications.stages.train import train
 from latentkit.checkpoints.files import load_autoencoder
 from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.source import open_source

@@ -10,11 +10,11 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from latentkit.applications import inpaint
 from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import read
 from latentkit.applications.request import ImageToImage, Inpainting, Request, TextToImage, known, resolve
+from latentkit.applications.tasks import inpaint
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png, to_tensor
 from latentkit.diffusion.noise import PictureNoise, keyed_normal

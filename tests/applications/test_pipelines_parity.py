@@ -10,7 +10,7 @@ from PIL import Image
 
 import latentkit
 from latentkit.applications.generate import Progress, Result
-from latentkit.checkpoints.vocabulary import Vocabulary, write_clip
+from latentkit.checkpoints.storage.vocabulary import Vocabulary, write_clip
 
 pytestmark = pytest.mark.parity
 

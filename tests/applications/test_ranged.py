@@ -10,7 +10,7 @@ from tiny import tiny_model
 
 from latentkit.applications.generate import Result, generate
 from latentkit.applications.request import Unconditional
-from latentkit.applications.train_diffusion import _first_stage
+from latentkit.applications.stages.train_diffusion import _first_stage
 from latentkit.checkpoints.files import Model, save_autoencoder
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from latentkit.applications.generate import draw
-from latentkit.applications.train import train
+from latentkit.applications.stages.train import train
 from latentkit.checkpoints.files import load, load_autoencoder
 from latentkit.errors import InputError
 from latentkit.training.recipe import read_recipe

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentkit.applications.train import train
-from latentkit.applications.train_diffusion import encoder_digest
+from latentkit.applications.stages.train import train
+from latentkit.applications.stages.train_diffusion import encoder_digest
 from latentkit.checkpoints.files import load_autoencoder
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder
@@ -125,7 +125,7 @@ def test_known_weights_are_read_from_files(pictures: Path, tmp_path: Path) -> No
     from safetensors.torch import save_file
 
     from latentkit.nets.perceptual import Trunk
-    from latentkit.training.perceptual import Perceptual, read_distance, read_tensors
+    from latentkit.training.first_stage.perceptual import Perceptual, read_distance, read_tensors
 
     trunk = Trunk("alexnet")
     places = (0, 3, 6, 8, 10)

@@ -9,12 +9,12 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from latentkit.applications import upscale
 from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import read
 from latentkit.applications.plan import from_noise
 from latentkit.applications.request import Inpainting, Request, TextToImage, ask, fills, known, resolve
+from latentkit.applications.tasks import upscale
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png, to_tensor
 from latentkit.diffusion.noise import PictureNoise, keyed_normal

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentkit.checkpoints.controlnet_names import FIRST, controlnet_pairs, read_control
-from latentkit.checkpoints.diffusers_configs import unet_json
+from latentkit.checkpoints.adapters.controlnet_names import FIRST, controlnet_pairs, read_control
 from latentkit.checkpoints.files import Shapes
-from latentkit.checkpoints.rename import given
+from latentkit.checkpoints.names.diffusers_configs import unet_json
+from latentkit.checkpoints.names.rename import given
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 from latentkit.model.presets import PRESETS

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.archive import Archive
 from latentkit.checkpoints.detect import said_prediction, single_file
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.ldm_file import match, single_pairs
-from latentkit.checkpoints.rename import given
+from latentkit.checkpoints.names.rename import given
+from latentkit.checkpoints.storage.archive import Archive
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.model.presets import PRESETS, preset

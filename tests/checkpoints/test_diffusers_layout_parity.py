@@ -7,12 +7,12 @@ import family
 import pytest
 import torch
 
-from latentkit.checkpoints.diffusers_configs import autoencoder_json, unet_json
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
-from latentkit.checkpoints.diffusers_names import autoencoder_pairs, unet_pairs
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.ldm_file import write_single
-from latentkit.checkpoints.rename import given
+from latentkit.checkpoints.names.diffusers_configs import autoencoder_json, unet_json
+from latentkit.checkpoints.names.diffusers_names import autoencoder_pairs, unet_pairs
+from latentkit.checkpoints.names.rename import given
 from latentkit.model.conditioning import Conditioning
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.model.presets import FIRST_STAGES, PRESETS, preset

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from latentkit.checkpoints.diffusers_configs import autoencoder_config, autoencoder_json, unet_config, unet_json
-from latentkit.checkpoints.diffusers_names import autoencoder_pairs, unet_pairs
-from latentkit.checkpoints.rename import given, taken
+from latentkit.checkpoints.names.diffusers_configs import autoencoder_config, autoencoder_json, unet_config, unet_json
+from latentkit.checkpoints.names.diffusers_names import autoencoder_pairs, unet_pairs
+from latentkit.checkpoints.names.rename import given, taken
 from latentkit.nets.autoencoder import Autoencoder
 from latentkit.nets.unet import UNet
 

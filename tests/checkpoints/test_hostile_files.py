@@ -18,10 +18,10 @@ import family
 import pytest
 import torch
 
-from latentkit.checkpoints.archive import read_archive
 from latentkit.checkpoints.diffusers_folder import INDEX, read_folder, write_folder
 from latentkit.checkpoints.layouts import open_model
-from latentkit.checkpoints.pickles import INERT, read_pickle
+from latentkit.checkpoints.storage.archive import read_archive
+from latentkit.checkpoints.storage.pickles import INERT, read_pickle
 from latentkit.errors import InputError
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from latentkit.checkpoints import ldm_file
-from latentkit.checkpoints.archive import read_archive, read_part
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
-from latentkit.checkpoints.diffusers_names import unet_pairs
 from latentkit.checkpoints.files import load
 from latentkit.checkpoints.layouts import report
 from latentkit.checkpoints.ldm_file import read_single, write_single
-from latentkit.checkpoints.rename import taken
+from latentkit.checkpoints.names.diffusers_names import unet_pairs
+from latentkit.checkpoints.names.rename import taken
+from latentkit.checkpoints.storage.archive import read_archive, read_part
 from latentkit.cli import application
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.ldm_names import FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
-from latentkit.checkpoints.rename import Pair, given, prefixed, taken
+from latentkit.checkpoints.names.ldm_names import FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
+from latentkit.checkpoints.names.rename import Pair, given, prefixed, taken
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.unet import UNet, UNetConfig
 

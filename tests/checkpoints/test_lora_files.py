@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentkit.checkpoints.diffusers_configs import unet_json
-from latentkit.checkpoints.diffusers_names import unet_pairs
-from latentkit.checkpoints.lora_files import Lora, layers, read_lora, write_lora
-from latentkit.checkpoints.rename import given
-from latentkit.checkpoints.tower_names import hugging_face_text
+from latentkit.checkpoints.adapters.lora_files import Lora, layers, read_lora, write_lora
+from latentkit.checkpoints.names.diffusers_configs import unet_json
+from latentkit.checkpoints.names.diffusers_names import unet_pairs
+from latentkit.checkpoints.names.rename import given
+from latentkit.checkpoints.names.tower_names import hugging_face_text
 from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentkit.checkpoints.inversions import Inversion, inversion, read_inversion
-from latentkit.checkpoints.tower_configs import image_config, image_json, text_config, text_json
-from latentkit.checkpoints.vocabulary import ALL, Vocabulary, read_bert, read_clip, write_clip
+from latentkit.checkpoints.adapters.inversions import Inversion, inversion, read_inversion
+from latentkit.checkpoints.names.tower_configs import image_config, image_json, text_config, text_json
+from latentkit.checkpoints.storage.vocabulary import ALL, Vocabulary, read_bert, read_clip, write_clip
 from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import REFINER_TEXT, SD1_TEXT, SD2_TEXT, SDXL_TEXT
 from latentkit.model.conditioners.tokenizer import END, PIECES, START, byte_pairs, word_pieces

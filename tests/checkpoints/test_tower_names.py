@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from latentkit.checkpoints.rename import Pair, given, prefixed, taken
-from latentkit.checkpoints.tower_names import (
+from latentkit.checkpoints.names.rename import Pair, given, prefixed, taken
+from latentkit.checkpoints.names.tower_names import (
     bert_text,
     folder_pairs,
     hugging_face_image,

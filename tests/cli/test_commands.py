@@ -18,10 +18,10 @@ import latentkit
 from latentkit import cli
 from latentkit.applications.metadata import chunks, read
 from latentkit.checkpoints import files
-from latentkit.checkpoints.controlnet_names import controlnet_pairs
+from latentkit.checkpoints.adapters.controlnet_names import controlnet_pairs
+from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.files import save_model
-from latentkit.checkpoints.lora_files import write_lora
-from latentkit.checkpoints.rename import given
+from latentkit.checkpoints.names.rename import given
 from latentkit.cli.output import show, slug, write_new
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError

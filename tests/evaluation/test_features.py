@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentkit.diffusion.noise import keyed_normal
-from latentkit.evaluation.features import NETWORK, WIDTH, features
+from latentkit.evaluation.metrics.features import NETWORK, WIDTH, features
 
 GOLDEN = [0.341328, 0.521199, 0.025868, 0.330762, 0.088507]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from latentkit.errors import InputError
-from latentkit.evaluation.frechet import frechet
+from latentkit.evaluation.metrics.frechet import frechet
 
 
 def direct(x, y):

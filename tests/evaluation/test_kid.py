@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentkit.errors import InputError
-from latentkit.evaluation.kid import kid, mmd2
+from latentkit.evaluation.metrics.kid import kid, mmd2
 
 
 def loops(x, y):

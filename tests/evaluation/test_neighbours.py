@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from latentkit.errors import InputError
-from latentkit.evaluation.neighbours import memorisation, nearest
+from latentkit.evaluation.metrics.neighbours import memorisation, nearest
 
 
 def test_nearest_against_loops():

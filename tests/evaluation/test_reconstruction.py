@@ -18,7 +18,6 @@ from latentkit.data.range import Range
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 from latentkit.evaluation import first_stage as module
-from latentkit.evaluation.features import NETWORK
 from latentkit.evaluation.first_stage import (
     chosen_codes,
     evaluate,
@@ -27,6 +26,7 @@ from latentkit.evaluation.first_stage import (
     open_first_stage,
     usage,
 )
+from latentkit.evaluation.metrics.features import NETWORK
 from latentkit.evaluation.reconstruction import as_stored, beside, reconstruct
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig

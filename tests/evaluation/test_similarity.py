@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from latentkit.evaluation import similarity
-from latentkit.evaluation.similarity import WEIGHTS, ms_ssim, ssim
+from latentkit.evaluation.metrics import similarity
+from latentkit.evaluation.metrics.similarity import WEIGHTS, ms_ssim, ssim
 
 
 def looped(a, b, size=11):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.rename import given
-from latentkit.checkpoints.tower_names import hugging_face_text
+from latentkit.checkpoints.names.rename import given
+from latentkit.checkpoints.names.tower_names import hugging_face_text
 from latentkit.errors import InputError
 from latentkit.model.conditioners import Conditioner
 from latentkit.model.conditioners.clip import (

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peer import distance, randomise
 
-from latentkit.checkpoints.rename import given
-from latentkit.checkpoints.tower_names import hugging_face_image, hugging_face_text
+from latentkit.checkpoints.names.rename import given
+from latentkit.checkpoints.names.tower_names import hugging_face_image, hugging_face_text
 from latentkit.errors import InputError
 from latentkit.nets.clip import ClipImage, ClipImageConfig, ClipText, ClipTextConfig
 

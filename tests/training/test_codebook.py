@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from latentkit.nets.bottleneck import Codebook
-from latentkit.training.codebook import CodebookLoss, chosen, settle
 from latentkit.training.collapse import Collapse, doubtful, watch
-from latentkit.training.equivariance import change_of, changed
+from latentkit.training.first_stage.codebook import CodebookLoss, chosen, settle
+from latentkit.training.first_stage.equivariance import change_of, changed
 
 
 def book(*vectors: float) -> Codebook:

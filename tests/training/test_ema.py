@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from latentkit.training.ema import Averaging, Ema, power_exponent, reconstruct
-from latentkit.training.store import FileCalls, replace_file, tensor_bytes
+from latentkit.training.run.store import FileCalls, replace_file, tensor_bytes
 
 
 def walk(module, step):

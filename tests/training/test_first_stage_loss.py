@@ -11,11 +11,18 @@ from torch import Tensor
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.critics import CriticConfig, PatchCritic
 from latentkit.nets.perceptual import FeatureConfig, OwnTrunk, PerceptualDistance
-from latentkit.training.adversarial import Adversarial, Adversary, adaptive_weight, hinge, slope_penalty, vanilla
-from latentkit.training.autoencoder import AutoencoderObjective, ReconstructionLoss
-from latentkit.training.codebook import CodebookLoss
-from latentkit.training.losses import focal_frequency, high_bands_l1
-from latentkit.training.perceptual import Perceptual
+from latentkit.training.first_stage.adversarial import (
+    Adversarial,
+    Adversary,
+    adaptive_weight,
+    hinge,
+    slope_penalty,
+    vanilla,
+)
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective, ReconstructionLoss
+from latentkit.training.first_stage.codebook import CodebookLoss
+from latentkit.training.first_stage.losses import focal_frequency, high_bands_l1
+from latentkit.training.first_stage.perceptual import Perceptual
 
 CRITIC = CriticConfig(channels=4, layers=1)
 NOTHING = {"l1": 0.0, "pyramid": 0.0, "structure": 0.0, "kl": 0.0}
@@ -92,7 +99,7 @@ def _move(parameters: list[torch.nn.Parameter], direction: list[Tensor], share: 
 
 
 def _applies(step: int) -> bool:
-    from latentkit.training.equivariance import change_of
+    from latentkit.training.first_stage.equivariance import change_of
 
     return change_of(step, 1) is not None
 

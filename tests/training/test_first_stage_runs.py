@@ -20,13 +20,13 @@ from latentkit.diffusion.noise import keyed_normal
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.critics import CriticConfig
 from latentkit.training import distributed
-from latentkit.training.adversarial import Adversarial
-from latentkit.training.autoencoder import AutoencoderObjective, ReconstructionLoss
-from latentkit.training.codebook import CodebookLoss
 from latentkit.training.collapse import Collapse
 from latentkit.training.ema import Averaging
+from latentkit.training.first_stage.adversarial import Adversarial
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective, ReconstructionLoss
+from latentkit.training.first_stage.codebook import CodebookLoss
 from latentkit.training.optimizers import Optimiser
-from latentkit.training.run_folder import RunFolder
+from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Schedule, Trainer
 
 LOSS = {

@@ -14,9 +14,9 @@ from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
-from latentkit.training.autoencoder import AutoencoderObjective, ReconstructionLoss
 from latentkit.training.diffusion import DiffusionLoss, DiffusionObjective, SigmaSampling
-from latentkit.training.losses import pyramid_l1, structure
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective, ReconstructionLoss
+from latentkit.training.first_stage.losses import pyramid_l1, structure
 
 AUTOENCODER = AutoencoderConfig(channels=16, multipliers=(1, 1), blocks=1, stem=2, attention=False)
 NETWORK = UNetConfig(channels=16, multipliers=(1, 2), blocks=1, depth=(0, 1), heads=2)

@@ -3,7 +3,7 @@
 import torch
 
 from latentkit.nets.perceptual import FeatureConfig, OwnTrunk
-from latentkit.training.perceptual import FeatureObjective
+from latentkit.training.first_stage.perceptual import FeatureObjective
 
 
 def batch(draws: list[int], channels: int = 3) -> dict:

@@ -3,8 +3,8 @@
 import logging
 import sys
 
-from latentkit.training import progress
-from latentkit.training.progress import Progress, clock, say, warn
+from latentkit.training.run import progress
+from latentkit.training.run.progress import Progress, clock, say, warn
 
 
 def test_plain_lines_without_a_terminal(capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from toy import digest, make, train
 
 from latentkit.errors import InputError
-from latentkit.training.store import Damaged, FileCalls, SaveError, Store
+from latentkit.training.run.store import Damaged, FileCalls, SaveError, Store
 from latentkit.training.trainer import Callback
 
 CHANGES = ("mkdir", "open", "write", "truncate", "fsync", "rename", "unlink", "rmdir")
@@ -324,7 +324,7 @@ def test_a_run_whose_every_checkpoint_is_damaged_never_starts_again_by_itself(tm
 
 
 def test_a_newer_format_is_refused_and_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentkit.training.store.FORMAT", 2)
+    monkeypatch.setattr("latentkit.training.run.store.FORMAT", 2)
     Store(tmp_path).save(1, {}, {})
     monkeypatch.undo()
     with pytest.raises(InputError, match="has format 2; this version reads 1"):

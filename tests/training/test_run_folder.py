@@ -8,8 +8,8 @@ import types
 import pytest
 
 from latentkit.errors import InputError
-from latentkit.training.run_folder import Journal, RunFolder
-from latentkit.training.store import FileCalls
+from latentkit.training.run.run_folder import Journal, RunFolder
+from latentkit.training.run.store import FileCalls
 
 RECIPE = {"name": "toy", "optimiser": {"lr": 1e-5, "betas": (0.9, 0.99)}, "steps": 10}
 
@@ -55,7 +55,7 @@ def test_a_recipe_that_cannot_be_read_is_an_input_error(tmp_path):
 
 def test_two_processes_cannot_train_into_one_folder(tmp_path):
     program = (
-        "import sys; from latentkit.training.run_folder import RunFolder; from latentkit.errors import InputError\n"
+        "import sys; from latentkit.training.run.run_folder import RunFolder; from latentkit.errors import InputError\n"
         f"try: RunFolder({str(tmp_path)!r}, {RECIPE!r})\n"
         "except InputError as error: sys.exit(str(error))"
     )

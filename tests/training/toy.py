@@ -23,8 +23,8 @@ from latentkit.errors import InputError
 from latentkit.training import distributed
 from latentkit.training.ema import Averaging
 from latentkit.training.optimizers import Optimiser
-from latentkit.training.run_folder import RunFolder
-from latentkit.training.store import FileCalls
+from latentkit.training.run.run_folder import RunFolder
+from latentkit.training.run.store import FileCalls
 from latentkit.training.trainer import Callback, Schedule, Trainer
 
 SHAPE = (2, 8, 8)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.applications import image_to_image, inpaint, upscale
-from latentkit.applications.adapters import opened, wearing, within
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import OPTIONS, Request, ask, known, resolve, told
+from latentkit.applications.tasks import image_to_image, inpaint, upscale
+from latentkit.applications.tasks.adapters import opened, wearing, within
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import tiff_of, to_png, to_tiff
 from latentkit.data.range import Range, stated

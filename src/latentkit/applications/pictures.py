@@ -10,7 +10,7 @@ from latentkit.data.pictures import grid, to_png
 from latentkit.data.source import Source, open_source
 from latentkit.errors import InputError
 from latentkit.training.recipe import DataRecipe
-from latentkit.training.store import FileCalls, replace_file
+from latentkit.training.run.store import FileCalls, replace_file
 
 HOLDOUT_PERCENT = 5
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from latentkit.checkpoints.archive import Archive
-from latentkit.checkpoints.ldm_names import FIRST_STAGE, UNET
+from latentkit.checkpoints.names.ldm_names import FIRST_STAGE, UNET
+from latentkit.checkpoints.storage.archive import Archive
 from latentkit.diffusion.prediction import PREDICTIONS
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture

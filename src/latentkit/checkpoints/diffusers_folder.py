@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints import diffusers_names, tower_names
-from latentkit.checkpoints.archive import read_json, read_part
-from latentkit.checkpoints.diffusers_configs import (
+from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE, OUR_UNET, built, filled, folded, statistics, usual_scale
+from latentkit.checkpoints.names import diffusers_names, tower_names
+from latentkit.checkpoints.names.diffusers_configs import (
     VERSION,
     Statistics,
     autoencoder_config,
@@ -18,11 +18,11 @@ from latentkit.checkpoints.diffusers_configs import (
     unet_config,
     unet_json,
 )
-from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE, OUR_UNET, built, filled, folded, statistics, usual_scale
-from latentkit.checkpoints.rename import Complaints, Pair, given, prefixed, taken
-from latentkit.checkpoints.tensors import write_json, write_tensors
-from latentkit.checkpoints.tower_configs import image_config, image_json, text_config, text_json
-from latentkit.checkpoints.vocabulary import Vocabulary, read_clip, write_clip
+from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed, taken
+from latentkit.checkpoints.names.tower_configs import image_config, image_json, text_config, text_json
+from latentkit.checkpoints.storage.archive import read_json, read_part
+from latentkit.checkpoints.storage.tensors import write_json, write_tensors
+from latentkit.checkpoints.storage.vocabulary import Vocabulary, read_clip, write_clip
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import ClipConfig

@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.archive import read_archive
 from latentkit.checkpoints.detect import said_prediction
 from latentkit.checkpoints.diffusers_folder import INDEX, is_folder, match_folder, read_folder, write_folder
 from latentkit.checkpoints.files import find, load_model, save_model
 from latentkit.checkpoints.ldm_file import filled, match, read_single, write_single
+from latentkit.checkpoints.names.rename import finite
 from latentkit.checkpoints.probe import BOTH, settle
-from latentkit.checkpoints.rename import finite
+from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 

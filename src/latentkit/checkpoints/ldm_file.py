@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.archive import Archive, read_archive
 from latentkit.checkpoints.detect import DESCRIPTION, Found, single_file
 from latentkit.checkpoints.files import Shapes
-from latentkit.checkpoints.ldm_names import EMA, FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
-from latentkit.checkpoints.rename import Complaints, Pair, given, prefixed, taken
-from latentkit.checkpoints.tensors import write_tensors
-from latentkit.checkpoints.tower_names import modern, single_file_pairs, unused
+from latentkit.checkpoints.names.ldm_names import EMA, FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
+from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed, taken
+from latentkit.checkpoints.names.tower_names import modern, single_file_pairs, unused
+from latentkit.checkpoints.storage.archive import Archive, read_archive
+from latentkit.checkpoints.storage.tensors import write_tensors
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 

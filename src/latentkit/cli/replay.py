@@ -40,7 +40,7 @@ def replay(
     from latentkit.applications.metadata import read
     from latentkit.checkpoints.files import load, shipped
     from latentkit.cli.output import open_folder, show, write_new
-    from latentkit.training.progress import say, warn
+    from latentkit.training.run.progress import say, warn
 
     original = _bytes(picture)
     cut = original.startswith(PNG) and END not in original

@@ -15,6 +15,6 @@ def report(
     """
     import logging
 
-    from latentkit.applications.health import write_health
+    from latentkit.applications.stages.health import write_health
 
     typer.echo(write_health(run, logging.getLogger("latentkit").isEnabledFor(logging.INFO)))

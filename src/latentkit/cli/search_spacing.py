@@ -25,7 +25,7 @@ def search_spacing(
     from latentkit.applications.search_spacing import Found, keep
     from latentkit.applications.search_spacing import search_spacing as run
     from latentkit.checkpoints.files import find, load
-    from latentkit.training.progress import quiet
+    from latentkit.training.run.progress import quiet
 
     loaded = load(model)
     found = None

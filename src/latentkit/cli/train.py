@@ -13,7 +13,7 @@ def train(
     into: Annotated[Path | None, typer.Option(help="Run folder [default: runs/ and the recipe's name].")] = None,
 ) -> None:
     """Train one stage by a recipe, or go on with a run that was stopped. Prints the model file's path."""
-    from latentkit.applications.train import train
+    from latentkit.applications.stages.train import train
     from latentkit.training.recipe import read_recipe
 
     path = train(read_recipe(str(recipe), overrides or []), into)

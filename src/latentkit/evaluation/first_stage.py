@@ -15,15 +15,15 @@ from latentkit.data.pictures import BadPicture, to_tensor
 from latentkit.data.range import Range, stated, transform_of
 from latentkit.data.source import Source, track
 from latentkit.errors import InputError
-from latentkit.evaluation.features import NETWORK, features
-from latentkit.evaluation.frechet import frechet
-from latentkit.evaluation.kid import Kid, kid
+from latentkit.evaluation.metrics.features import NETWORK, features
+from latentkit.evaluation.metrics.frechet import frechet
+from latentkit.evaluation.metrics.kid import Kid, kid
+from latentkit.evaluation.metrics.similarity import ms_ssim, ssim
 from latentkit.evaluation.reconstruction import bounding_box, psnr, reconstruct
-from latentkit.evaluation.similarity import ms_ssim, ssim
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import Autoencoder
 from latentkit.nets.perceptual import PerceptualDistance
-from latentkit.training.perceptual import Perceptual, read_distance, read_tensors
+from latentkit.training.first_stage.perceptual import Perceptual, read_distance, read_tensors
 
 LONGEST_HEADER = 100_000_000
 """Bytes of a safetensors file's header, by its format."""

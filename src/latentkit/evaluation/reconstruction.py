@@ -11,7 +11,7 @@ from torch import Tensor
 from latentkit.data.pictures import Picture, grid, tiff_of, to_png, to_samples
 from latentkit.data.range import Range
 from latentkit.model.first_stage import FirstStage
-from latentkit.training.losses import structure
+from latentkit.training.first_stage.losses import structure
 
 
 class Passed(NamedTuple):

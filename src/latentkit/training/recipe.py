@@ -16,9 +16,9 @@ from latentkit.model.denoiser import PredictionName
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
-from latentkit.training.autoencoder import ReconstructionLoss
 from latentkit.training.diffusion import DiffusionLoss
 from latentkit.training.ema import Averaging
+from latentkit.training.first_stage.autoencoder import ReconstructionLoss
 from latentkit.training.optimizers import Optimiser
 from latentkit.training.trainer import Schedule
 

@@ -15,11 +15,11 @@ from latentkit.errors import InputError
 from latentkit.training import distributed
 from latentkit.training.collapse import Collapse
 from latentkit.training.ema import Averaging, Ema
-from latentkit.training.interrupt import Interrupt
 from latentkit.training.optimizers import Optimiser, Stepper
-from latentkit.training.progress import Progress, say, warn
-from latentkit.training.run_folder import RunFolder
-from latentkit.training.store import Checkpoint, Damaged, SaveError, Store, Tables, persist
+from latentkit.training.run.interrupt import Interrupt
+from latentkit.training.run.progress import Progress, say, warn
+from latentkit.training.run.run_folder import RunFolder
+from latentkit.training.run.store import Checkpoint, Damaged, SaveError, Store, Tables, persist
 
 MOST_SKIPPED = 10  # steps in a row without a finite loss and gradient before the run stops
 MOST_ATTEMPTS = 2  # returns to a checkpoint from before a collapse before the run stops

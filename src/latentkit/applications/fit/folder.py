@@ -15,15 +15,15 @@ from latentkit.applications.fit.plan import FILE, Asked, Counted, FitPlan, compa
 from latentkit.applications.fit.selftest import selftest
 from latentkit.applications.fit.summary import write_report
 from latentkit.applications.pictures import open_data
-from latentkit.applications.train import train
-from latentkit.applications.train_diffusion import multiple
+from latentkit.applications.stages.train import train
+from latentkit.applications.stages.train_diffusion import multiple
 from latentkit.data import report
 from latentkit.data.source import Source, open_source
 from latentkit.errors import InputError
 from latentkit.training import distributed
-from latentkit.training.progress import say
 from latentkit.training.recipe import AutoencoderRecipe, DiffusionRecipe, resolved
-from latentkit.training.store import FileCalls, persist, replace_file
+from latentkit.training.run.progress import say
+from latentkit.training.run.store import FileCalls, persist, replace_file
 
 
 class Fitted(NamedTuple):

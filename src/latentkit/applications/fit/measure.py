@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from latentkit.applications.generate import draw
-from latentkit.applications.train_autoencoder import pairs
-from latentkit.applications.train_diffusion import build_model, sampling_defaults, validate
+from latentkit.applications.stages.train_autoencoder import pairs
+from latentkit.applications.stages.train_diffusion import build_model, sampling_defaults, validate
 from latentkit.data.dataset import Pictures, free_memory
 from latentkit.data.loader import Batch, Loader
 from latentkit.data.order import Order
@@ -25,10 +25,10 @@ from latentkit.errors import InputError
 from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.model.first_stage import FirstStage
 from latentkit.training import distributed
-from latentkit.training.autoencoder import AutoencoderObjective
 from latentkit.training.diffusion import DiffusionObjective
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective
 from latentkit.training.recipe import AutoencoderRecipe, DiffusionRecipe, resolved
-from latentkit.training.run_folder import RunFolder
+from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
 FOREVER = 10**9

@@ -14,7 +14,7 @@ from latentkit.applications.fit.measure import Measured
 from latentkit.checkpoints.files import invalid
 from latentkit.errors import InputError
 from latentkit.training.recipe import AutoencoderRecipe, DiffusionRecipe
-from latentkit.training.store import FileCalls, make_folder, persist, replace_file
+from latentkit.training.run.store import FileCalls, make_folder, persist, replace_file
 
 FILE = "plan.yaml"
 HEADER = (

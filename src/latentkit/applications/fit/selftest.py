@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from latentkit.applications.fit.measure import rehearse
-from latentkit.applications.train_diffusion import build_model
+from latentkit.applications.stages.train_diffusion import build_model
 from latentkit.data.dataset import Pictures
 from latentkit.data.loader import Batch, collate
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.model.first_stage import FirstStage
 from latentkit.training import distributed
-from latentkit.training.autoencoder import AutoencoderObjective
 from latentkit.training.diffusion import DiffusionObjective
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective
 from latentkit.training.recipe import AutoencoderRecipe, DiffusionRecipe
 
 PICTURES = 8

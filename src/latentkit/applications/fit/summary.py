@@ -13,18 +13,18 @@ from latentkit.applications.fit.division import MOST_COMPARED, MOST_HELD, MOST_R
 from latentkit.applications.fit.plan import FitPlan, describe
 from latentkit.applications.generate import draw
 from latentkit.applications.pictures import open_data, shown
-from latentkit.applications.train_autoencoder import pairs
-from latentkit.applications.train_diffusion import multiple
+from latentkit.applications.stages.train_autoencoder import pairs
+from latentkit.applications.stages.train_diffusion import multiple
 from latentkit.checkpoints.files import RUN_MODEL, load, load_autoencoder
 from latentkit.data import report as counts
 from latentkit.data.dataset import Pictures
 from latentkit.data.pictures import to_png
 from latentkit.data.source import Item, Source, track
 from latentkit.evaluation import report
-from latentkit.evaluation.features import NETWORK, features
 from latentkit.evaluation.journal import curves, lines
-from latentkit.evaluation.kid import Kid, kid
-from latentkit.evaluation.neighbours import Memorisation, memorisation
+from latentkit.evaluation.metrics.features import NETWORK, features
+from latentkit.evaluation.metrics.kid import Kid, kid
+from latentkit.evaluation.metrics.neighbours import Memorisation, memorisation
 from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.evaluation.report import Figure
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.rename import finite, listed
+from latentkit.checkpoints.names.rename import finite, listed
 from latentkit.errors import InputError
 
 TYPES = {

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from latentkit.errors import InputError
-from latentkit.training.progress import warn
-from latentkit.training.store import FileCalls, Store, make_folder, persist, replace_file, tensor_bytes
+from latentkit.training.run.progress import warn
+from latentkit.training.run.store import FileCalls, Store, make_folder, persist, replace_file, tensor_bytes
 
 OURS = {".lock", "tmp-recipe.yaml"}  # all that a run killed before its recipe was written can hold
 

@@ -19,12 +19,12 @@ from latentkit.evaluation import report
 from latentkit.evaluation.first_stage import Codes, chosen_codes, usage
 from latentkit.evaluation.journal import Curves, curves
 from latentkit.evaluation.latents import Statistics, spectrum, statistics
+from latentkit.evaluation.metrics.similarity import ssim
 from latentkit.evaluation.reconstruction import psnr, reconstruct
 from latentkit.evaluation.report import Figure
-from latentkit.evaluation.similarity import ssim
 from latentkit.model.first_stage import FirstStage
 from latentkit.training.recipe import AutoencoderRecipe, read_recipe, resolved
-from latentkit.training.store import Damaged, FileCalls, Store, replace_file
+from latentkit.training.run.store import Damaged, FileCalls, Store, replace_file
 
 PAGE = "health.html"
 MOST = 128

@@ -7,7 +7,7 @@ Stability-AI/generative-models `encoders/modules.py` and stablediffusion `module
 import re
 from collections.abc import Iterable, Iterator
 
-from latentkit.checkpoints.rename import Pair, prefixed
+from latentkit.checkpoints.names.rename import Pair, prefixed
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture
 from latentkit.nets.clip import ClipImageConfig, ClipTextConfig

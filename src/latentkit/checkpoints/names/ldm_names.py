@@ -5,7 +5,7 @@ Sources: CompVis/latent-diffusion `openaimodel.py`, `model.py`, `autoencoder.py`
 
 from collections.abc import Iterator
 
-from latentkit.checkpoints.rename import Pair, paired
+from latentkit.checkpoints.names.rename import Pair, paired
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.controlnet import ControlNet

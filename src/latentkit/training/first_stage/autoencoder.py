@@ -12,12 +12,13 @@ from latentkit.nets.autoencoder import Autoencoder
 from latentkit.nets.bottleneck import exact, straight_through
 from latentkit.nets.critics import PatchCritic
 from latentkit.nets.perceptual import PerceptualDistance
-from latentkit.training import adversarial, codebook, collapse
-from latentkit.training.adversarial import Adversarial, Adversary
-from latentkit.training.codebook import CodebookLoss
-from latentkit.training.equivariance import change_of, changed
-from latentkit.training.losses import focal_frequency, high_bands_l1, pyramid_l1, structure
-from latentkit.training.perceptual import Perceptual
+from latentkit.training import collapse
+from latentkit.training.first_stage import adversarial, codebook
+from latentkit.training.first_stage.adversarial import Adversarial, Adversary
+from latentkit.training.first_stage.codebook import CodebookLoss
+from latentkit.training.first_stage.equivariance import change_of, changed
+from latentkit.training.first_stage.losses import focal_frequency, high_bands_l1, pyramid_l1, structure
+from latentkit.training.first_stage.perceptual import Perceptual
 
 Shared = dict[str, Tensor]
 ATTEMPT = 1_000_000_007

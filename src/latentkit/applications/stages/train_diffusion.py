@@ -25,9 +25,9 @@ from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_
 from latentkit.nets.autoencoder import Autoencoder
 from latentkit.training import distributed
 from latentkit.training.diffusion import DiffusionObjective
-from latentkit.training.progress import say
 from latentkit.training.recipe import DiffusionRecipe, resolved
-from latentkit.training.run_folder import RunFolder
+from latentkit.training.run.progress import say
+from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
 IDENTITY = "identity"

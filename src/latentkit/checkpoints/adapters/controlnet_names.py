@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints import diffusers_names, ldm_names
-from latentkit.checkpoints.archive import read_archive, read_json, read_part
 from latentkit.checkpoints.files import Shapes
-from latentkit.checkpoints.rename import Pair, paired, taken
+from latentkit.checkpoints.names import diffusers_names, ldm_names
+from latentkit.checkpoints.names.rename import Pair, paired, taken
+from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.controlnet import ControlNet

@@ -1,7 +1,7 @@
 """The names that diffusers gives the weights of U-Nets and autoencoders, generated from a network."""
 
-from latentkit.checkpoints.ldm_names import AUTOENCODER_RESIDUAL, Layers, leaves, transformer
-from latentkit.checkpoints.rename import Pair, paired
+from latentkit.checkpoints.names.ldm_names import AUTOENCODER_RESIDUAL, Layers, leaves, transformer
+from latentkit.checkpoints.names.rename import Pair, paired
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.controlnet import ControlNet

@@ -19,12 +19,12 @@ from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import Autoencoder
 from latentkit.nets.perceptual import FeatureConfig, OwnTrunk, PerceptualDistance
 from latentkit.training import distributed
-from latentkit.training.autoencoder import AutoencoderObjective
 from latentkit.training.ema import Averaging
+from latentkit.training.first_stage.autoencoder import AutoencoderObjective
+from latentkit.training.first_stage.perceptual import FeatureObjective, Perceptual, read_distance
 from latentkit.training.optimizers import Optimiser
-from latentkit.training.perceptual import FeatureObjective, Perceptual, read_distance
 from latentkit.training.recipe import AutoencoderRecipe, resolved
-from latentkit.training.run_folder import RunFolder
+from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
 SHEET = 12

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from latentkit.errors import InputError
-from latentkit.training.progress import warn
+from latentkit.training.run.progress import warn
 
 FORMAT = 1
 WAITS = (0.1, 0.3, 1.0)  # seconds before each further try of a failed write

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from latentkit.checkpoints.pickles import flat, read_pickle
+from latentkit.checkpoints.storage.pickles import flat, read_pickle
 from latentkit.errors import InputError
 
 MOST_JSON = 1 << 25

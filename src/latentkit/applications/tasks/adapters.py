@@ -8,8 +8,8 @@ from torch import Tensor
 
 from latentkit.applications.attachment import WeightsFile
 from latentkit.applications.request import Request, known
-from latentkit.checkpoints.controlnet_names import read_control
-from latentkit.checkpoints.lora_files import read_lora
+from latentkit.checkpoints.adapters.controlnet_names import read_control
+from latentkit.checkpoints.adapters.lora_files import read_lora
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion

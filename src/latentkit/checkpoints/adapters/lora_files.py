@@ -14,9 +14,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from latentkit.checkpoints import diffusers_names, ldm_names
-from latentkit.checkpoints.rename import Pair, listed
-from latentkit.checkpoints.tower_names import hugging_face_text
+from latentkit.checkpoints.names import diffusers_names, ldm_names
+from latentkit.checkpoints.names.rename import Pair, listed
+from latentkit.checkpoints.names.tower_names import hugging_face_text
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.lora import Change, Changes
