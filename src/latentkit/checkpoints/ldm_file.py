@@ -31,7 +31,6 @@ IGNORED = {
     ),
     "averaged weights": r"model_ema\..*",
     "a depth estimator, which is not run": r"depth_model\..*",
-    "a mapper of semantic maps, which is not run": r"cond_stage_model\.channel_mapper\..*",
     "counters of training": r"(.*\.)?(num_batches_tracked|global_step)",
 }
 """Tensors that take no part in a picture, by what they are."""

@@ -13,6 +13,8 @@ from latentkit.model.conditioners.bert import BertConditioner
 from latentkit.model.conditioners.clip import ClipConditioner, ClipConfig
 from latentkit.model.conditioners.image import ImageConditioner, ImageConfig
 from latentkit.model.conditioners.label import LabelConditioner, LabelConfig
+from latentkit.model.conditioners.layout import LayoutConditioner
+from latentkit.model.conditioners.map import MapConditioner, MapConfig
 from latentkit.model.conditioners.numbers import NumbersConditioner, NumbersConfig
 from latentkit.model.conditioners.text import TextConditioner
 from latentkit.model.conditioning import Conditioning, merge
@@ -29,6 +31,8 @@ CONDITIONERS: dict[str, tuple[str, Callable[..., nn.Module]]] = {
     "label": ("label", LabelConditioner),
     "numbers": ("numbers", NumbersConditioner),
     "image": ("image", ImageConditioner),
+    "layout": ("layout", LayoutConditioner),
+    "map": ("map", MapConditioner),
 }
 """Fields of `Architecture`: what the conditioner is called in the model, and what makes it of config and state.
 
@@ -47,7 +51,10 @@ class Architecture:
     """None: the identity first stage, diffusion on pixels."""
     picture_channels: int = 3
     concat_channels: int = 0
-    """Channels of the concat slot, beside the latent's: a mask and a masked picture, depth, a small picture."""
+    """Channels of the concat slot, beside the latent's: a mask and a masked picture, depth, a small picture.
+
+    Those that a semantic map makes are not among them.
+    """
     size: tuple[int, int] = (64, 64)
     """Height and width that it was trained at, pixels."""
     schedule: NoiseSchedule = field(default_factory=NoiseSchedule)
@@ -64,20 +71,34 @@ class Architecture:
     """The 2021 models' text transformer in the place of `text`."""
     numbers: NumbersConfig | None = None
     image: ImageConfig | None = None
+    layout: BertTextConfig | None = None
+    """The transformer that reads labelled boxes."""
+    map: MapConfig | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in self.conditions() if CONDITIONERS[name][0] == "text"]
         if len(given) > 1:
             raise InputError(f"a model has one text encoder, this one {' and '.join(given)}; keep one of them")
+        cell = self.first_stage.downsampling if self.first_stage else 1
+        if self.map and self.map.cell != cell:
+            raise InputError(
+                f"its semantic map has cells of {self.map.cell} pixels, its latents of {cell}; make them equal"
+            )
 
     def conditions(self) -> dict[str, Any]:
         """The configs of its conditioners, by field."""
         fields = {name: getattr(self, name) for name in CONDITIONERS}
         return {name: config for name, config in fields.items() if config is not None}
 
+    @property
+    def beside(self) -> int:
+        """All channels of the concat slot."""
+        return self.concat_channels + (self.map.channels if self.map else 0)
+
     def towers(self) -> list[Any]:
         """The configs of the transformers in its conditioners; each has `layers`."""
-        towers = [self.text, self.bert, *(self.clip.towers if self.clip else ()), self.image and self.image.tower]
+        towers: list[Any] = [self.text, self.bert, self.layout, *(self.clip.towers if self.clip else ())]
+        towers.append(self.image and self.image.tower)
         return [tower for tower in towers if tower is not None]
 
 
@@ -91,7 +112,7 @@ def fit_network(architecture: Architecture) -> Architecture:
     vector = sum(part.vector_width for part in parts)
     network = replace(
         architecture.network,
-        channels_in=latent + architecture.concat_channels,
+        channels_in=latent + architecture.beside,
         channels_out=latent * (1 + architecture.learned_variance),
         context_width=contexts[0] if contexts else None,
         vector_width=None if architecture.network.classes else vector or None,

@@ -13,6 +13,7 @@ from latentkit.errors import InputError, nearest
 from latentkit.model.conditioners.clip import REFINER_TEXT, SD1_TEXT, SD2_TEXT, SDXL_TEXT
 from latentkit.model.conditioners.image import UNCLIP_H_IMAGE, UNCLIP_L_IMAGE
 from latentkit.model.conditioners.label import CIN256_LABEL, CIN256_V2_LABEL
+from latentkit.model.conditioners.map import MapConfig
 from latentkit.model.conditioners.numbers import REFINER_NUMBERS, SDXL_NUMBERS, UPSCALER_NUMBERS
 from latentkit.model.denoiser import PredictionName
 from latentkit.model.latent_diffusion import Architecture
@@ -199,10 +200,10 @@ PRESETS = {
     ),
     "txt2img-1p4B": Preset(_sd(replace(SD1, context_width=1280), 256, bert=BertTextConfig())),
     "layout2img-openimages256": Preset(
-        _of_2021(LAYOUT, 0.0205, bert=BertTextConfig(vocabulary=8192, length=92, width=512, layers=16)), 1.0
+        _of_2021(LAYOUT, 0.0205, layout=BertTextConfig(vocabulary=8192, length=92, width=512, layers=16)), 1.0
     ),
-    "semantic_synthesis256": Preset(_of_2021(SEMANTIC, 0.0205, concat_channels=3), 1.0),
-    "semantic_synthesis512": Preset(_of_2021(SEMANTIC, 0.0205, concat_channels=3, size=512), 1.0),
+    "semantic_synthesis256": Preset(_of_2021(SEMANTIC, 0.0205, map=MapConfig()), 1.0),
+    "semantic_synthesis512": Preset(_of_2021(SEMANTIC, 0.0205, map=MapConfig(), size=512), 1.0),
     "inpainting_big": Preset(_of_2021(INPAINTING, 0.0205, FIRST_STAGES["vq-f4-noattn"], concat_channels=4), 1.0),
     "bsr_sr": Preset(_of_2021(SUPER_RESOLUTION, 0.0155, concat_channels=3), 1.0),
 }

@@ -148,6 +148,10 @@ def single_file_pairs(architecture: Architecture) -> list[Pair]:
         pairs += prefixed(named, theirs + place, f"conditioners.text.towers.{index}.")
     if architecture.bert:
         pairs += prefixed(bert_text(architecture.bert), ROOT + "transformer.", "conditioners.text.encoder.")
+    if architecture.layout:
+        pairs += prefixed(bert_text(architecture.layout), ROOT + "transformer.", "conditioners.layout.encoder.")
+    if architecture.map:
+        pairs.append(Pair(ROOT + "channel_mapper.weight", ("conditioners.map.mixing.weight",), axes=2))
     if architecture.label:
         pairs.append(Pair(ROOT + "embedding.weight", ("conditioners.label.embedding.weight",)))
     if architecture.image:
@@ -168,8 +172,8 @@ def modern(name: str, root: str = "") -> str:
 
 def folder_pairs(architecture: Architecture) -> dict[str, list[Pair]]:
     """Every tensor of the conditioners in a diffusers folder, by sub-folder; InputError for what it cannot hold."""
-    if architecture.bert or architecture.label or architecture.text:
-        what = next(name for name in ("text", "bert", "label") if getattr(architecture, name))
+    others = ("text", "bert", "label", "layout", "map")
+    if what := next((name for name in others if getattr(architecture, name)), None):
         raise InputError(f"diffusers' layout has no place for this model's {what} conditioner; only for CLIP's towers")
     folders: dict[str, list[Pair]] = {}
     towers = architecture.clip.towers if architecture.clip else ()
