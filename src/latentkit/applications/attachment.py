@@ -5,6 +5,7 @@ Only a digest is ever written into a file or read from one.
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -29,12 +30,12 @@ class Attachment:
     picture: Picture | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
-    def read(path: str | Path) -> "Attachment":
-        """The picture in a file; InputError where it cannot be used."""
+    def read(path: str | Path, decoder: Callable[[bytes, str], Picture] = decode) -> "Attachment":
+        """The picture in a file (`decode_map`: a semantic map); InputError where it cannot be used."""
         try:
             if Path(path).stat().st_size > MAX_PICTURE_BYTES:
                 raise InputError(f"{path}: is larger than {MAX_PICTURE_BYTES >> 20} MB")
-            picture = decode(Path(path).read_bytes(), str(path))
+            picture = decoder(Path(path).read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
         array = picture.array
