@@ -11,7 +11,8 @@ from tiny import tiny_model
 from latentkit.applications import generate as generating
 from latentkit.applications.generate import Progress, Result, draw, generate, replay
 from latentkit.applications.plan import from_noise
-from latentkit.applications.request import Attachment, ImageToImage, Request, TextToImage, Unconditional, resolve
+from latentkit.applications.request import Attachment, ImageToImage, Request, TextToImage, Unconditional
+from latentkit.applications.rules import resolve
 from latentkit.applications.tasks import image_to_image
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png

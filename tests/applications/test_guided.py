@@ -8,9 +8,11 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
+from latentkit.applications.attachment import Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import a1111, chunks, read
-from latentkit.applications.request import FALLBACK, Guide, Request, TextToImage, Unconditional, resolve
+from latentkit.applications.request import Request, TextToImage, Unconditional
+from latentkit.applications.rules import FALLBACK, resolve
 from latentkit.checkpoints.files import Model
 
 NETWORK = tiny_model()

@@ -13,7 +13,8 @@ from torch import Tensor
 from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import read
-from latentkit.applications.request import ImageToImage, Inpainting, Request, TextToImage, known, resolve
+from latentkit.applications.request import ImageToImage, Inpainting, Request, TextToImage, known
+from latentkit.applications.rules import resolve
 from latentkit.applications.tasks import inpaint
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png, to_tensor

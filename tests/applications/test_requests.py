@@ -9,20 +9,18 @@ import pytest
 import torch
 from tiny import tiny_model
 
+from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import generate
 from latentkit.applications.request import (
-    FALLBACK,
-    Attachment,
     ClassToImage,
-    Guide,
     ImageToImage,
     Request,
     TextToImage,
     Unconditional,
     ask,
-    resolve,
     told,
 )
+from latentkit.applications.rules import FALLBACK, resolve
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError

@@ -13,7 +13,8 @@ from latentkit.applications.attachment import Attachment, Guide
 from latentkit.applications.generate import Result, generate, replay
 from latentkit.applications.metadata import read
 from latentkit.applications.plan import from_noise
-from latentkit.applications.request import Inpainting, Request, TextToImage, ask, fills, known, resolve
+from latentkit.applications.request import Inpainting, Request, TextToImage, ask, known
+from latentkit.applications.rules import fills, resolve
 from latentkit.applications.tasks import upscale
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import to_png, to_tensor

@@ -15,7 +15,8 @@ from tiny import tiny_model
 
 from latentkit import cli
 from latentkit.applications import search_spacing as application
-from latentkit.applications.request import ask, resolve
+from latentkit.applications.request import ask
+from latentkit.applications.rules import resolve
 from latentkit.checkpoints import description
 from latentkit.checkpoints.files import Model, load, save_model
 from latentkit.diffusion.samplers.driver import sample

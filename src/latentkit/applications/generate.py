@@ -9,7 +9,8 @@ from torch import Tensor
 
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
-from latentkit.applications.request import OPTIONS, Request, ask, known, resolve, told
+from latentkit.applications.request import OPTIONS, Request, ask, known, told
+from latentkit.applications.rules import resolve
 from latentkit.applications.tasks import image_to_image, inpaint, upscale
 from latentkit.applications.tasks.adapters import opened, wearing, within
 from latentkit.checkpoints.files import Model

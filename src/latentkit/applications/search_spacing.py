@@ -12,7 +12,8 @@ from torch import Tensor
 
 from latentkit.applications.generate import CELLS_AT_ONCE
 from latentkit.applications.plan import Plan, from_noise
-from latentkit.applications.request import Request, ask, known, resolve, told
+from latentkit.applications.request import Request, ask, known, told
+from latentkit.applications.rules import resolve
 from latentkit.checkpoints.description import describe
 from latentkit.checkpoints.files import Model
 from latentkit.diffusion.noise import PictureNoise

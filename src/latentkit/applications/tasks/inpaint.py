@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentkit.applications.plan import Plan, encoded, fitted, guided, last_part
-from latentkit.applications.request import Request, fills, known
+from latentkit.applications.request import Request, known
+from latentkit.applications.rules import fills
 from latentkit.data.pictures import to_tensor
 from latentkit.diffusion.masking import blended
 from latentkit.diffusion.noise import PictureNoise
