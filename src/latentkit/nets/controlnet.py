@@ -46,7 +46,7 @@ class ControlNet(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        timestep: Float[Tensor, " b"],
+        timestep: Float[Tensor, " b"] | Float[Tensor, "b waves"],
         hint: Float[Tensor, "b p hp wp"],
         context: Float[Tensor, "b n d"] | None = None,
         vector: Float[Tensor, "b v"] | None = None,

@@ -231,7 +231,10 @@ def run(network: Descending, block: nn.Module, *inputs: Tensor | bool | None) ->
 
 
 def embed(network: Descending, timestep: Tensor, context: Tensor | None, vector: Tensor | None) -> Float[Tensor, "b d"]:
-    """What every residual block is told, through SiLU; InputError for slots that the network does not have."""
+    """What every residual block is told, through SiLU; InputError for slots that the network does not have.
+
+    `timestep` is `b`, or `b d`, its sinusoids made before.
+    """
     config = network.config
     for name, given, width in (
         ("context", context, config.context_width),
@@ -240,7 +243,8 @@ def embed(network: Descending, timestep: Tensor, context: Tensor | None, vector:
         got = None if given is None else given.shape[-1]
         if got != width:
             raise InputError(f"this U-Net has a {name} slot of width {width}; it was given one of width {got}")
-    embedding: Tensor = network.time_embedding(sinusoids(timestep, config.channels))
+    waves = timestep if timestep.ndim == 2 else sinusoids(timestep, config.channels)
+    embedding: Tensor = network.time_embedding(waves)
     if network.vector_embedding is not None:
         embedding = embedding + network.vector_embedding(vector)
     if network.class_embedding is not None:
@@ -301,7 +305,7 @@ class UNet(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "b c h w"],
-        timestep: Float[Tensor, " b"],
+        timestep: Float[Tensor, " b"] | Float[Tensor, "b waves"],
         context: Float[Tensor, "b n d"] | None = None,
         vector: Float[Tensor, "b v"] | None = None,
         mask: Tensor | None = None,
