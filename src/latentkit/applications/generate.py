@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from latentkit.applications.backend import check, running
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import OPTIONS, Request, ask, known, told
@@ -98,6 +99,7 @@ def generate(
     held: dict[str, Any] = {}
     for request in asked:
         full = opened(resolve(request, model.network, defaults), model.network, held)
+        check(full, model.network)
         _warn_of_cuts(model.network, full)
         if (last := known(full.seed) + count - 1) >= 2**63:
             raise InputError(f"seeds {full.seed} to {last} asked for; allowed are 0 to {2**63 - 1}", exit_code=2)
@@ -123,6 +125,7 @@ def _warn_of_cuts(network: LatentDiffusion, request: Request) -> None:
 def replay(model: Model, record: Record) -> Iterator[Progress | Result]:
     """Draw the picture of a record again, in a batch of the size that it was drawn in."""
     request = opened(resolve(record.request, model.network, {}), model.network, {})
+    check(request, model.network)
     model = model._replace(name=record.model) if model.digest == record.digest else model
     for event in _draw(model, dict.fromkeys(range(record.batch), request), 0.0, 1.0):
         if isinstance(event, Progress) or event.number == record.row:
@@ -184,16 +187,18 @@ def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[t
     first = requests[0]
     shape = network.latent_shape(known(first.height), known(first.width))
     noise = PictureNoise([known(request.seed) for request in requests], shape)
-    worn = wearing(network, first)
-    with worn:
+    worn, engine = wearing(network, first), running(network, first)
+    with worn, engine:
         plan = APPLICATIONS[known(first.task)](network, requests, noise)
     steps, x = len(plan.sigmas) - 1, plan.x
     options = {name: value for name in OPTIONS if (value := getattr(first, name)) is not None}
-    walk = sample(known(first.sampler), within(worn, plan.denoise), x, plan.sigmas, noise, **options)
+    denoise = within(engine, within(worn, plan.denoise))
+    walk = sample(known(first.sampler), denoise, x, plan.sigmas, noise, **options)
     for number, step in enumerate(walk, start=1):
         x = step.x
         yield number, steps, step.x0, step.evaluations
-    pixels = plan.finish(x)
+    with engine:
+        pixels = plan.finish(x)
     for request, latent, picture in zip(requests, x, pixels):
         if not (torch.isfinite(latent).all() and torch.isfinite(picture).all()):
             what = f"the picture with seed {request.seed} holds NaN or infinite values and was not drawn"

@@ -103,6 +103,8 @@ class Request(BaseModel):
     """LoRAs, each with its weight, put on the model one after another."""
     control: Controls | None = None
     """ControlNets, each with its hint picture and its weight."""
+    backend: Literal["torch", "openvino"] | None = None
+    """What computes the networks; None is torch. OpenVINO converts them once (`docs/backends.md`)."""
 
 
 def ask(**fields: Any) -> Request:

@@ -64,6 +64,9 @@ def generate(
     control: Annotated[
         list[str] | None, typer.Option(help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet; repeatable.")
     ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="What computes the networks: torch, or openvino (pip install latentkit[openvino]).")
+    ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One at a time: a batch equals its singles bit by bit.")
     ] = False,
@@ -107,6 +110,7 @@ def generate(
         "noise_level": noise_level,
         "lora": [_lora(text) for text in lora] if lora else None,
         "control": [_control(text) for text in control] if control else None,
+        "backend": backend,
     }
     requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
     loaded = load(model)

@@ -1,0 +1,346 @@
+"""Backends: networks of a model that OpenVINO computes, converted once and kept in the cache folder.
+
+A converted network answers in the place of the network's own `forward`, so that what calls it knows nothing of it.
+What cannot be converted is refused, never computed by torch in silence.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from latentkit.applications.request import Request, known
+from latentkit.data.source import cache_home
+from latentkit.errors import InputError
+from latentkit.model.first_stage import WHOLE_PIXELS
+from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.nets.layers import sinusoids
+from latentkit.nets.unet import Descending
+
+FORMAT = 1
+"""Of what is kept; another format has other keys."""
+ROOM = 32 << 30
+"""Bytes that are kept: of more, conversions that were used longest ago are deleted."""
+TRACED = 16
+"""Rows that a network is traced on, where its input divides by it: the answer is thrown away."""
+
+Form = tuple[tuple[str, int | None], ...]
+"""How a network is called: each argument with the length of its list (None: one tensor; 0: a flag that is on)."""
+
+
+def check(request: Request, network: LatentDiffusion) -> None:
+    """InputError where a resolved request asks for a backend that is not at hand or cannot draw it."""
+    if request.backend != "openvino":
+        return
+    _openvino()
+    device = network.first_stage.latent_mean.device
+    if device.type != "cpu":
+        raise InputError(f"backend 'openvino' draws on the CPU and the model lies on {device}; load it there")
+    pixels = known(request.height) * known(request.width)
+    if network.first_stage.autoencoder is not None and pixels > WHOLE_PIXELS:
+        got = (
+            f"backend 'openvino' takes {WHOLE_PIXELS} pixels at most and is asked for {request.width}x{request.height}"
+        )
+        raise InputError(f"{got}, which pass the first stage in strips; take backend 'torch'", exit_code=2)
+
+
+def version() -> str:
+    """That of the openvino package."""
+    return str(_openvino().get_version())
+
+
+def cache_folder() -> Path:
+    """Where conversions are kept."""
+    return cache_home() / "openvino"
+
+
+def running(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:
+    """A context, to be entered as often as wanted, in which the request's backend computes the networks it draws with.
+
+    Its LoRAs must be on when a network is first called in it.
+    """
+    if request.backend != "openvino":
+        return nullcontext()
+    again = _LENT.get(network)
+    parts = {"denoiser.unet": network.denoiser.unet}
+    if (own := network.first_stage.autoencoder) is not None:
+        parts |= {f"first_stage.autoencoder.{name}": getattr(own, name) for name in ("encoder", "decoder")}
+    calls = []
+    for name, part in parts.items():
+        anew = None if again is None else lambda name=name, again=again: again().get_submodule(name)
+        calls.append(
+            Converted(part, own.config if own is not None and part is not network.denoiser.unet else None, anew)
+        )
+    others = [known(guide.model).network.denoiser.unet for guide in (request.guidance_model,) if guide]
+    others += [known(file.content) for file, *_ in request.control or ()]
+    seen = {id(part) for part in parts.values()}
+    calls += [Converted(other) for other in {id(other): other for other in others if id(other) not in seen}.values()]
+    return _Running(calls)
+
+
+def lend(network: LatentDiffusion, again: Callable[[], LatentDiffusion]) -> None:
+    """Allow networks to lose their weights in memory once they are converted; `again` reads the model anew.
+
+    The model is good for nothing but drawing by OpenVINO then, and takes no LoRA.
+    """
+    _LENT[network] = again
+
+
+_LENT: WeakKeyDictionary[LatentDiffusion, Callable[[], LatentDiffusion]] = WeakKeyDictionary()
+
+
+class _Running:
+    """See `running`."""
+
+    def __init__(self, calls: list["Converted"]) -> None:
+        self.calls = calls
+
+    def __enter__(self) -> None:
+        for call in self.calls:
+            vars(call.network)["forward"] = call
+
+    def __exit__(self, *error: object) -> None:
+        for call in self.calls:
+            del vars(call.network)["forward"]
+
+
+class Converted:
+    """A network as OpenVINO computes it: called as the network, it answers in the type of its first input.
+
+    It computes in bfloat16 where the network's type has 16 bits and the machine has instructions for that, else in
+    float32. `shape` is the config of a network that does not hold its own. With `anew`, which makes the network again,
+    the network's weights are let go of.
+    """
+
+    def __init__(self, network: nn.Module, shape: Any = None, anew: Callable[[], nn.Module] | None = None) -> None:
+        self.network = network
+        self.shape = shape if shape is not None else getattr(network, "config", None)
+        self.anew = anew
+        self._kept: _Kept | None = None
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        """Errors: InputError where a gradient is wanted, or the network cannot be converted."""
+        form, tensors = self._told(args, named)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise InputError("backend 'openvino' gives no gradient, which this guidance needs; take backend 'torch'")
+        if self._kept is None:
+            self._kept = _kept(self.network)
+        if form not in self._kept.models:
+            self._kept.models[form] = _Compiled(self._file(form, tensors), self._precision())
+        rows = [(x.float() if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
+        answers = [torch.from_numpy(answer).to(tensors[0].dtype) for answer in self._kept.models[form](rows)]
+        return answers[0] if len(answers) == 1 else answers
+
+    def _told(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Form, list[Tensor]]:
+        """How the network is called, and with what. Numbers that bfloat16 would round are made safe from it."""
+        bound = inspect.signature(type(self.network).forward).bind(self.network, *args, **named).arguments
+        if isinstance(self.network, Descending):
+            bound["timestep"] = sinusoids(bound["timestep"], self.network.config.channels)
+            if self.network.config.classes:
+                bound["vector"] = bound["vector"].long()
+        form: list[tuple[str, int | None]] = []
+        tensors: list[Tensor] = []
+        for name, value in list(bound.items())[1:]:
+            if isinstance(value, Tensor):
+                form.append((name, None))
+                tensors.append(value)
+            elif isinstance(value, (list, tuple)):
+                form.append((name, len(value)))
+                tensors += value
+            elif value:
+                form.append((name, 0))
+        return tuple(form), tensors
+
+    def _precision(self) -> str:
+        able = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "bf16" if able and _dtype(self.network).itemsize == 2 else "f32"
+
+    def _file(self, form: Form, tensors: list[Tensor]) -> Path:
+        """The conversion for one way of calling, made if it is not kept."""
+        assert self._kept is not None
+        about = [FORMAT, version(), type(self.network).__name__, repr(self.shape), form, str(_dtype(self.network))]
+        key = hashlib.sha256(json.dumps([*about, self._kept.digest]).encode()).hexdigest()
+        path = cache_folder() / f"{key}.xml"
+        try:
+            _core().read_model(path)
+            for file in (path, path.with_suffix(".bin")):
+                os.utime(file)
+        except (RuntimeError, OSError):
+            logging.getLogger("latentkit").info("a %s is converted for OpenVINO, once", type(self.network).__name__)
+            _write(path, self._traced(form, tensors), half=_dtype(self.network).itemsize == 2)
+        if self.anew is not None:
+            self.network.to("meta", _dtype(self.network))
+        return path
+
+    def _traced(self, form: Form, tensors: list[Tensor]) -> Any:
+        """OpenVINO's model of the network, for inputs of any size; traced in float32, where all ways are plain ones."""
+        factor = max(1, tensors[0].shape[2] // TRACED if tensors[0].shape[2] % TRACED == 0 else 1)
+        wide = max(1, tensors[0].shape[3] // TRACED if tensors[0].shape[3] % TRACED == 0 else 1)
+        with _own_forward(self.network), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the tracer: that sizes are taken as they are, where they are fixed
+            example = []
+            for tensor in tensors:
+                if tensor.ndim == 4:
+                    tensor = tensor[..., : max(1, tensor.shape[2] // factor), : max(1, tensor.shape[3] // wide)]
+                example.append(tensor.float() if tensor.is_floating_point() else tensor.clone())
+            network = self.network
+            if self.anew is not None:
+                network = (self.anew() if _gone(network) else network).float()
+            elif _dtype(network) != torch.float32:
+                network = copy.deepcopy(network, {id(p): nn.Parameter(p.float(), False) for p in network.parameters()})
+            try:
+                return _openvino().convert_model(_Called(network, form), example_input=tuple(example))
+            except Exception as error:
+                why = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+                what = f"this model's {type(network).__name__} cannot be converted for OpenVINO ({why})"
+                raise InputError(f"{what}; take backend 'torch'") from error
+
+
+class _Called(nn.Module):
+    """A network called in one form, with all its tensors in a row."""
+
+    def __init__(self, network: nn.Module, form: Form) -> None:
+        super().__init__()
+        self.network = network
+        self.form = form
+
+    def forward(self, *tensors: Tensor) -> Any:
+        rest, told = iter(tensors), {}
+        for name, count in self.form:
+            told[name] = next(rest) if count is None else list(islice(rest, count)) or True
+        return self.network(**told)
+
+
+class _Compiled:
+    """A conversion in memory: compiled for the shapes that it is first called with, and for all once others come.
+
+    The first is faster, and each compiled form holds the weights.
+    """
+
+    def __init__(self, path: Path, precision: str) -> None:
+        self.path, self.precision = path, precision
+        self.shapes: list[tuple[int, ...]] | None = []
+        self.compiled: Any = None
+
+    def __call__(self, rows: list[np.ndarray]) -> list[np.ndarray]:
+        shapes = [row.shape for row in rows]
+        if self.compiled is None or self.shapes not in (None, shapes):
+            self.shapes = shapes if self.compiled is None else None
+            self.compiled = None
+            model = _core().read_model(self.path)
+            if self.shapes is not None:
+                model.reshape({place: list(shape) for place, shape in zip(model.inputs, shapes, strict=True)})
+            options = {
+                "INFERENCE_PRECISION_HINT": self.precision,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+                "ENABLE_CPU_PINNING": False,
+            }
+            self.compiled = _core().compile_model(model, "CPU", options)
+        return [np.array(answer) for answer in self.compiled(rows, share_inputs=True).to_tuple()]
+
+
+class _Kept:
+    """What is in memory of a network with certain weights, for a number of threads."""
+
+    def __init__(self, digest: str, threads: int) -> None:
+        self.digest, self.threads = digest, threads
+        self.models: dict[Form, _Compiled] = {}
+
+
+_MEMORY: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+"""Of each network that lives, what it was last called as."""
+
+
+def _kept(network: nn.Module) -> _Kept:
+    """What is in memory of the network as it is now."""
+    kept, threads = _MEMORY.get(network), torch.get_num_threads()
+    digest = kept.digest if kept is not None and _gone(network) else _digest(network)
+    if kept is None or (kept.digest, kept.threads) != (digest, threads):
+        _MEMORY[network] = kept = _Kept(digest, threads)
+    return kept
+
+
+def _digest(network: nn.Module) -> str:
+    """The sha256 of all weights."""
+    content = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next(network.parameters()).dtype
+
+
+def _gone(network: nn.Module) -> bool:
+    return next(network.parameters()).is_meta
+
+
+@contextmanager
+def _own_forward(network: nn.Module) -> Iterator[None]:
+    """Inside of this context the network computes by itself."""
+    call = vars(network).pop("forward", None)
+    try:
+        yield
+    finally:
+        if call is not None:
+            vars(network)["forward"] = call
+
+
+def _write(path: Path, model: Any, half: bool) -> None:
+    """The conversion at `path`, whole or not at all; others make room for it."""
+    partial = path.with_name(f"{path.stem}.{os.getpid()}.xml")
+    pairs = [(partial.with_suffix(end), path.with_suffix(end)) for end in (".bin", ".xml")]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _openvino().save_model(model, partial, compress_to_fp16=half)
+        for made, wanted in pairs:
+            os.replace(made, wanted)
+    except (OSError, RuntimeError) as error:
+        what = f"the conversion for OpenVINO could not be written to {path.parent}: {error}"
+        raise InputError(f"{what}; make room there, or set XDG_CACHE_HOME") from None
+    finally:
+        for made, _ in pairs:
+            made.unlink(missing_ok=True)
+    kept = sorted(path.parent.glob("*.bin"), key=lambda file: -file.stat().st_mtime)
+    total = 0
+    for file in kept:
+        total += file.stat().st_size
+        if total > ROOM and file.stem != path.stem:
+            file.unlink(missing_ok=True)
+            file.with_suffix(".xml").unlink(missing_ok=True)
+
+
+def _openvino() -> Any:
+    """The package, which would report its use over the network otherwise; InputError where it is not installed."""
+    if "openvino" not in sys.modules:
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError:
+        what = "backend 'openvino' needs the package openvino, which is not installed"
+        raise InputError(f"{what}: pip install latentkit[openvino]", exit_code=2) from None
+    return openvino
+
+
+@cache
+def _core() -> Any:
+    """OpenVINO's runtime, one for the process."""
+    return _openvino().Core()
