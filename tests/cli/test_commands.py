@@ -243,7 +243,7 @@ def test_a_lora_and_a_controlnet_and_their_replay(run: Run, capsys: pytest.Captu
         (["generate", "x", *M, "--guidance-model", "tiny.safetensor"], 2, "did you mean 'tiny.safetensors'"),
         (["generate", "x", *M, "--init", "none.png"], 2, "none.png: cannot be read"),
         (["generate", "x", *M, "--depth", "none.png"], 2, "none.png: cannot be read"),
-        (["generate", "x", *M, "--noise-level", "20"], 2, "takes no noise level; upscaling does"),
+        (["generate", "x", *M, "--noise-level", "20"], 2, "takes no noise level; upscaling and"),
         (["generate", "x", *M, "--lora", "none.pt:0.5"], 2, "none.pt: cannot be read"),
         (["generate", "x", *M, "--control", "a.safetensors"], 2, "is not FILE:HINT.png"),
         (["generate", "x", *M, "--extend", "8,8"], 2, "not LEFT,TOP,RIGHT,BOTTOM"),

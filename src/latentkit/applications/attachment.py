@@ -45,7 +45,7 @@ class Attachment:
 
 @dataclass(frozen=True)
 class Guide:
-    """A weaker model that guidance leads away from: the sha256 of its file, and the model where it is at hand."""
+    """Another model of a request, its guidance model or refiner: the sha256 of its file, and itself where at hand."""
 
     digest: str
     model: Model | None = field(default=None, compare=False, repr=False)
@@ -59,7 +59,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A LoRA or a ControlNet of a request: the sha256 of its file, where it lies, and what was read there."""
+    """A LoRA, ControlNet or textual inversion of a request: its file's sha256, where it lies, what was read there."""
 
     digest: str
     path: Path | None = field(default=None, compare=False, repr=False)

@@ -13,7 +13,7 @@ from latentkit.applications.plan import Prepare, from_noise
 from latentkit.applications.request import OPTIONS, Request, ask, known, told
 from latentkit.applications.rules import resolve
 from latentkit.applications.tasks import image_to_image, inpaint, upscale
-from latentkit.applications.tasks.adapters import opened, wearing, within
+from latentkit.applications.tasks.adapters import knowing, opened, unsaid, wearing, within
 from latentkit.checkpoints.files import Model
 from latentkit.data.pictures import tiff_of, to_png, to_tiff
 from latentkit.data.range import Range, stated
@@ -30,10 +30,11 @@ APPLICATIONS: dict[str, Prepare] = {
     "image-to-image": image_to_image.prepare,
     "inpainting": inpaint.prepare,
     "upscaling": upscale.prepare,
+    "variation": from_noise,
 }
 CELLS_AT_ONCE = 1 << 14
 """Latent cells of one batch: 32 pictures of 16x16 cells (at most), 4 of 64x64, one of 128x128."""
-OWN = ("prompt", "label", "negative", "seed", "init", "mask", "depth")
+OWN = ("prompt", "label", "negative", "seed", "init", "mask", "depth", "variation")
 """Fields in which the pictures of one batch may differ."""
 
 
@@ -100,7 +101,7 @@ def generate(
     for request in asked:
         full = opened(resolve(request, model.network, defaults), model.network, held)
         check(full, model.network)
-        _warn_of_cuts(model.network, full)
+        _warn(model.network, full)
         if (last := known(full.seed) + count - 1) >= 2**63:
             raise InputError(f"seeds {full.seed} to {last} asked for; allowed are 0 to {2**63 - 1}", exit_code=2)
         jobs += [full.model_copy(update={"seed": known(full.seed) + i}) for i in range(count)]
@@ -110,8 +111,10 @@ def generate(
         done += len(rows)
 
 
-def _warn_of_cuts(network: LatentDiffusion, request: Request) -> None:
-    """Say where a text is longer than what the model's encoder reads."""
+def _warn(network: LatentDiffusion, request: Request) -> None:
+    """Say where a text is longer than what the model's encoder reads, or does not say what was given for it."""
+    for name in unsaid(request):
+        logging.getLogger("latentkit").warning(f"no prompt says {name!r}: that textual inversion has no effect")
     text = network.conditioner("text") if "text" in network.conditioners else None
     if not isinstance(text, TextConditioner):
         return
@@ -188,12 +191,13 @@ def _sample(network: LatentDiffusion, requests: Sequence[Request]) -> Iterator[t
     shape = network.latent_shape(known(first.height), known(first.width))
     noise = PictureNoise([known(request.seed) for request in requests], shape)
     worn, engine = wearing(network, first), running(network, first)
-    with worn, engine:
+    with worn, engine, knowing(network, first):
         plan = APPLICATIONS[known(first.task)](network, requests, noise)
     steps, x = len(plan.sigmas) - 1, plan.x
     options = {name: value for name in OPTIONS if (value := getattr(first, name)) is not None}
     denoise = within(engine, within(worn, plan.denoise))
-    walk = sample(known(first.sampler), denoise, x, plan.sigmas, noise, **options)
+    later = plan.later and (plan.later[0], within(engine, plan.later[1]))
+    walk = sample(known(first.sampler), denoise, x, plan.sigmas, noise, later=later, **options)
     for number, step in enumerate(walk, start=1):
         x = step.x
         yield number, steps, step.x0, step.evaluations

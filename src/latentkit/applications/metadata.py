@@ -9,6 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 import latentkit
+from latentkit.applications.attachment import Guide
 from latentkit.applications.request import Request
 from latentkit.checkpoints.files import Model, invalid
 from latentkit.errors import InputError
@@ -106,6 +107,9 @@ def a1111(record: Record) -> str:
         "Model": record.model,
         "Class": request.label,
         "Denoising strength": request.strength,
+        "Clip skip": request.clip_skip,
+        "Refiner": _named(request.refiner),
+        "Refiner switch at": request.refiner_switch,
         "Eta": request.eta,
         "Sigma churn": request.churn,
         "Version": f"latentkit {record.machine.latentkit}",
@@ -114,6 +118,11 @@ def a1111(record: Record) -> str:
     negative = [f"Negative prompt: {request.negative}"] if request.negative else []
     prompts = [request.prompt or "", *(f"{words} :{weight:g}" for words, weight in request.also or ())]
     return "\n".join([" AND ".join(prompts), *negative, line])
+
+
+def _named(model: Guide | None) -> str | None:
+    """Name and hash of another model of the request."""
+    return f"{model.model.name if model.model else ''} [{model.digest[:10]}]".lstrip() if model else None
 
 
 def _quoted(value: str) -> str:

@@ -13,9 +13,11 @@ from latentkit.applications.attachment import Guide
 from latentkit.applications.request import Request, known
 from latentkit.data.pictures import resize, to_tensor
 from latentkit.diffusion import guidance
-from latentkit.diffusion.noise import PictureNoise
+from latentkit.diffusion.noise import PictureNoise, keyed_normal
 from latentkit.diffusion.samplers.driver import Denoise
 from latentkit.diffusion.spacing import space
+from latentkit.model.conditioners.image import ImagePrompt
+from latentkit.model.conditioners.prompt import Prompt
 from latentkit.model.conditioning import Conditioning, merge
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.controlnet import HINT_CELL, Control
@@ -28,10 +30,14 @@ class Plan(NamedTuple):
     sigmas: np.ndarray
     denoise: Denoise
     finish: Callable[[Tensor], Tensor]
+    later: tuple[int, Denoise] | None = None
+    """The step from which on another denoiser takes the place of `denoise`."""
 
 
 Prepare = Callable[[LatentDiffusion, Sequence[Request], PictureNoise], Plan]
 """An application: resolved requests that differ only in words, seeds and pictures, to their plan."""
+NOT_REFINED = ("refiner", "lora", "control")
+"""Fields that speak of the first model alone."""
 
 
 def sigmas_of(network: LatentDiffusion, request: Request) -> np.ndarray:
@@ -65,17 +71,47 @@ def middle(x: Tensor, height: int, width: int) -> Tensor:
     return x[:, top : top + height, left : left + width]
 
 
-def last_part(network: LatentDiffusion, request: Request) -> np.ndarray:
-    """The noise levels of the share of the path that `strength` names."""
+def path_of(network: LatentDiffusion, request: Request) -> np.ndarray:
+    """The noise levels that are visited: of the whole way, or of the last share of it that `strength` names."""
     sigmas = sigmas_of(network, request)
+    if request.strength is None:
+        return sigmas
     steps = len(sigmas) - 1
     return sigmas[steps - max(1, round(steps * known(request.strength))) :]
 
 
-def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Conditioning | None = None) -> Denoise:
+def refined(network: LatentDiffusion, requests: Sequence[Request]) -> tuple[int, Denoise] | None:
+    """`Plan.later` of requests with a refiner: it is told the same words, by what is its own.
+
+    Source: Podell et al. 2023, section 2.5, with the switch of its released code.
+    """
+    first = requests[0]
+    if first.refiner is None:
+        return None
+    asked = [request.model_copy(update=dict.fromkeys(NOT_REFINED)) for request in requests]
+    return switch_step(network, first), guided(
+        known(first.refiner.model).network, asked, path=sigmas_of(network, first)
+    )
+
+
+def switch_step(network: LatentDiffusion, request: Request) -> int:
+    """The number of the first step that the request's refiner does."""
+    schedule, share = network.architecture.schedule, known(request.refiner_switch)
+    first = round(schedule.steps * (1 - share))
+    positions = schedule.position(path_of(network, request)[:-1])
+    return int(np.count_nonzero(positions > first - 1e-6))
+
+
+def guided(
+    network: LatentDiffusion,
+    requests: Sequence[Request],
+    beside: Conditioning | None = None,
+    path: np.ndarray | None = None,
+) -> Denoise:
     """The model told what the requests say, and guided as the first of them asks; made for one run.
 
-    `beside` is what it is told beside words, whatever it is guided by: rows of its concat slot.
+    `beside` is what it is told beside words, whatever it is guided by: rows of its concat slot. `path` are the noise
+    levels of the whole way (None: those that the first request asks of this model).
     """
     first, count = requests[0], len(requests)
     controls, hints = _controlled(network, first, count)
@@ -85,8 +121,10 @@ def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Condit
     told = [merge([network.condition(asked, count), always])]
     for words, _ in first.also or ():
         name = "text" if "text" in network.conditioners else "label"
-        told.append(merge([network.condition({**asked, name: [words] * count}, count), always]))
+        more = {**asked, name: [_worded(first, name, words)] * count}
+        told.append(merge([network.condition(more, count), always]))
     alone = bind(told[0])
+    path = sigmas_of(network, first) if path is None else path
     steered = first.guidance_scale != 1 or first.guidance_kind == "cfg++"
     pair = guidance.itself(alone)
     if first.also or (steered and first.guidance_model is None):
@@ -100,7 +138,7 @@ def guided(network: LatentDiffusion, requests: Sequence[Request], beside: Condit
     denoise = alone
     if steered or first.pag_scale:
         interval = known(first.guidance_low), known(first.guidance_high)
-        denoise = guidance.guide(pair, alone, _rule(network, first, partial(bind, told[0], True)), interval)
+        denoise = guidance.guide(pair, alone, _rule(first, path, partial(bind, told[0], True)), interval)
     if first.threshold is None:
         return denoise
     return guidance.thresholded(denoise, first.threshold, network.first_stage.decode, network.first_stage.encode)
@@ -132,14 +170,14 @@ def _depths(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioni
     return Conditioning(concat=rows.to(network.first_stage.latent_mean.device))
 
 
-def _rule(network: LatentDiffusion, request: Request, disturbed: Callable[[], Denoise]) -> guidance.Rule:
+def _rule(request: Request, path: np.ndarray, disturbed: Callable[[], Denoise]) -> guidance.Rule:
     """How the request wants two estimates made one; `disturbed` makes the model with its attention perturbed."""
     scale = known(request.guidance_scale)
     rule = guidance.linear(scale)
     if request.guidance_kind == "cfg++":
         rule = guidance.plus(scale)
     elif request.guidance_kind == "apg":
-        rule = guidance.projected(scale, sigmas_of(network, request))
+        rule = guidance.projected(scale, path)
     if request.pag_scale:
         rule = guidance.perturbed(rule, disturbed(), request.pag_scale)
     return guidance.rescaled(rule, request.guidance_rescale) if request.guidance_rescale else rule
@@ -147,16 +185,36 @@ def _rule(network: LatentDiffusion, request: Request, disturbed: Callable[[], De
 
 def _told(network: LatentDiffusion, requests: Sequence[Request]) -> dict[str, list[Any]]:
     """What the requests say, by conditioner; what one does not say is absent."""
-    said: dict[str, list[Any]] = {"text": [r.prompt for r in requests], "label": [r.label for r in requests]}
+    said: dict[str, list[Any]] = {
+        "text": [_worded(r, "text", r.prompt) for r in requests],
+        "label": [r.label for r in requests],
+        "image": [_shown(network, r) for r in requests],
+    }
     said |= _numbers(network, requests)
     return {name: _filled(network, name, values) for name, values in said.items() if name in network.conditioners}
 
 
 def _absent(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioning:
     """The rows that guidance leads away from."""
-    words = [request.negative or None for request in requests]
+    words = [_worded(request, "text", request.negative or None) for request in requests]
     values = {"text": _filled(network, "text", words)} if "text" in network.conditioners else {}
     return network.condition({**values, **_numbers(network, requests, away=True)}, len(requests))
+
+
+def _worded(request: Request, name: str, words: str | None) -> str | Prompt | None:
+    """What the conditioner called `name` is told for words of the request."""
+    return Prompt(words, request.clip_skip - 1) if name == "text" and request.clip_skip else words
+
+
+def _shown(network: LatentDiffusion, request: Request) -> ImagePrompt | None:
+    """The request's picture to draw variations of, and noise on what the model makes of it."""
+    if request.variation is None:
+        return None
+    picture = to_tensor(known(request.variation.picture), 3)
+    if request.noise_level is None:
+        return ImagePrompt(picture)
+    width = known(network.architecture.image).tower.projection
+    return ImagePrompt(picture, request.noise_level, keyed_normal((1, width), known(request.seed), "variation"))
 
 
 def _numbers(network: LatentDiffusion, requests: Sequence[Request], away: bool = False) -> dict[str, list[Any]]:
@@ -164,9 +222,14 @@ def _numbers(network: LatentDiffusion, requests: Sequence[Request], away: bool =
     config = network.architecture.numbers
     if config is None:
         return {}
-    if requests[0].noise_level is not None:
-        return {"numbers": [(request.noise_level,) for request in requests]}
-    return {"numbers": [config.drawn(known(r.height), known(r.width), away) for r in requests]}
+    if not config.says:
+        level = requests[0].noise_level
+        return {"numbers": [config.default if level is None else (level,)] * len(requests)}
+    first = requests[0]
+    pairs = {name: pair[::-1] for name in ("original_size", "crop", "target_size") if (pair := getattr(first, name))}
+    score = first.negative_aesthetic_score if away else first.aesthetic_score
+    said = pairs | ({} if score is None else {"aesthetic_score": score})
+    return {"numbers": [config.drawn(known(first.height), known(first.width), away, **said)] * len(requests)}
 
 
 def _filled(network: LatentDiffusion, name: str, values: list[Any]) -> list[Any]:
@@ -183,8 +246,8 @@ def _weaker(guide: Guide, asked: dict[str, list[Any]], count: int, always: Condi
 
 
 def from_noise(network: LatentDiffusion, requests: Sequence[Request], noise: PictureNoise) -> Plan:
-    """Text-to-image, class-to-image and unconditional drawing: pure noise and the whole path."""
+    """Text-to-image, class-to-image, variations, unconditional drawing: pure noise and the whole path."""
     sigmas = sigmas_of(network, requests[0])
     device = network.first_stage.latent_mean.device
     start = noise.initial().to(device) * network.architecture.schedule.initial_std(float(sigmas[0]))
-    return Plan(start, sigmas, guided(network, requests), network.first_stage.decode)
+    return Plan(start, sigmas, guided(network, requests), network.first_stage.decode, refined(network, requests))

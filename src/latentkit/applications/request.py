@@ -18,8 +18,10 @@ from latentkit.checkpoints.files import invalid
 from latentkit.model.latent_diffusion import LatentDiffusion
 
 T = TypeVar("T")
-Task = Literal["text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "upscaling"]
-PICTURES = ("init", "mask", "depth")
+Task = Literal[
+    "text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "upscaling", "variation"
+]
+PICTURES = ("init", "mask", "depth", "variation")
 """Fields that hold a picture."""
 OPTIONS = ("eta", "churn")
 """Fields that go to the sampler as they are."""
@@ -43,6 +45,11 @@ Controls = Annotated[
 ]
 Side = Annotated[int, Field(ge=0, le=8192)]
 Sides = Annotated[tuple[Side, Side, Side, Side], BeforeValidator(_pairs)]
+Extent = Annotated[tuple[Side, Side], BeforeValidator(_pairs)]
+Score = Annotated[float, Field(ge=0, le=10)]
+Inversions = Annotated[
+    tuple[tuple[Weights, Words | None], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=16)
+]
 
 
 class Request(BaseModel):
@@ -97,8 +104,34 @@ class Request(BaseModel):
     """The kept pixels are the init picture's own; without, they have passed the first stage."""
     depth: Attached | None = None
     """How near everything is to be, for a model that takes that: white is near; only the order of grays counts."""
-    noise_level: int | None = Field(default=None, ge=0, le=350)
-    """Timestep of the noise that upscaling puts on the small picture: the higher, the freer the details."""
+    noise_level: int | None = Field(default=None, ge=0, le=100_000)
+    """Timestep of the noise on the small picture (upscaling), or on what a variation is told of its picture.
+
+    The higher, the freer is what is drawn.
+    """
+    variation: Attached | None = None
+    """The picture to draw variations of, for a model that is told pictures."""
+    original_size: Extent | None = None
+    """Width and height that the picture is said to have had before it was cut, pixels (SD XL); None: the size drawn."""
+    crop: Extent | None = None
+    """Pixels that are said to have been cut off at the left and the top (SD XL); None: none."""
+    target_size: Extent | None = None
+    """Width and height that the picture is said to be drawn for, pixels (SD XL base); None: the size drawn."""
+    aesthetic_score: Score | None = None
+    """How much people are said to like the picture, 0 to 10 (SD XL's refiner); None: 6."""
+    negative_aesthetic_score: Score | None = None
+    """The same of what guidance leads away from; None: 2.5."""
+    refiner: Guiding | None = None
+    """A model of the same latents that does the last steps, told the same prompts: SD XL's refiner."""
+    refiner_switch: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the trained noise levels, from the noisiest, that is left to the model before the refiner takes over."""
+    clip_skip: int | None = Field(default=None, ge=1, le=100)
+    """1: CLIP's text towers as the model has them; each more leaves one more of their last blocks out of the context.
+
+    This is AUTOMATIC1111's number, one more than diffusers'; it holds for negative prompts too.
+    """
+    embedding: Inversions | None = None
+    """Textual inversions, each with the name that stands for it in prompts (None: the file's own)."""
     lora: Loras | None = None
     """LoRAs, each with its weight, put on the model one after another."""
     control: Controls | None = None

@@ -7,20 +7,21 @@ import torch
 from pydantic import ValidationError
 
 from latentkit.applications.attachment import Guide
+from latentkit.applications.plan import path_of, switch_step
 from latentkit.applications.request import OPTIONS, PICTURES, Request, Task, canvas_size, known
-from latentkit.checkpoints.files import invalid
+from latentkit.checkpoints.files import Model, invalid
 from latentkit.diffusion.samplers.driver import split_name, table
-from latentkit.diffusion.spacing import space
 from latentkit.errors import InputError
+from latentkit.model.conditioners.clip import ClipConditioner
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 
 TAKES = {
     "image-to-image": ("init", "strength"),
     "inpainting": ("init", "strength", "mask", "extend", "paste"),
-    "upscaling": ("init", "noise_level"),
+    "upscaling": ("init",),
 }
 """Fields that only some tasks take."""
-NEEDS = {"text-to-image": "prompt", "class-to-image": "label"} | dict.fromkeys(TAKES, "init")
+NEEDS = {"text-to-image": "prompt", "class-to-image": "label", "variation": "variation"} | dict.fromkeys(TAKES, "init")
 FALLBACK = {
     "sampler": "dpm++2m",
     "spacing": "uniform",
@@ -41,8 +42,18 @@ STRENGTH = {"image-to-image": 0.6, "inpainting": 1.0}
 """Of tasks that start from a picture, where none is asked for."""
 LARGER = 4
 """Times the pixels that a model was trained at, up to which a picture's own size says what is drawn."""
+NOISE_MOST = 350
+"""Level of the noise that the released upscaler was trained with up to."""
 NOISE_LEVEL = 20
 """Of the noise on the small picture, where none is asked for (the released upscaler's)."""
+VARIED_LEVEL = 0
+"""Of the noise on what a variation is told of its picture, where none is asked for (the released model's)."""
+REFINED = ("text-to-image", "image-to-image", "class-to-image", "unconditional")
+"""Tasks whose last steps a refiner may do."""
+REFINER_SWITCH = 0.8
+"""Share of the noise levels that the base model does before the refiner, where none is asked for (SD XL's)."""
+NUMBERS = ("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score")
+"""Fields that a model is told as numbers."""
 CFG_PLUS_SCALE = 0.6
 """Guidance scale of CFG++, whose scales end at 1, where none is asked for (Chung et al. 2024)."""
 
@@ -66,6 +77,10 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
         open_fields |= {"paste": True, **_own_size(request, network, 1)}
     if open_fields["task"] == "upscaling":
         open_fields |= {"noise_level": NOISE_LEVEL, **_own_size(request, network, network.first_stage.downsampling)}
+    if request.variation is not None and _noisy(network):
+        open_fields["noise_level"] = VARIED_LEVEL
+    if request.refiner is not None:
+        open_fields["refiner_switch"] = REFINER_SWITCH
     if not network.conditioners and request.guidance_model is None:
         open_fields["guidance_scale"] = 1.0
     if request.guidance_kind == "cfg++":
@@ -107,7 +122,7 @@ def _task(request: Request, network: LatentDiffusion) -> Task:
         return "upscaling"
     if request.mask is not None or request.extend is not None:
         return "inpainting"
-    for task in ("image-to-image", "text-to-image", "class-to-image"):
+    for task in ("image-to-image", "variation", "text-to-image", "class-to-image"):
         if getattr(request, NEEDS[task]) is not None:
             return task
     return "unconditional"
@@ -122,15 +137,23 @@ def _check(request: Request, network: LatentDiffusion) -> None:
     if request.task == "unconditional" and (request.prompt or request.label):
         raise InputError("unconditional drawing takes neither prompt nor label; leave them out", exit_code=2)
     _check_pictures(request, network)
-    takes = {"text": ("prompt", "negative"), "label": ("label",)}
+    takes = {"text": ("prompt", "negative"), "label": ("label",), "image": ("variation",)}
     for conditioner, fields in takes.items():
         given = [name for name in fields if getattr(request, name)]
         if given and conditioner not in network.conditioners:
-            instead = ", ".join(takes[name][0] for name in network.conditioners) or "no condition at all"
+            known_ones = [takes[name][0] for name in network.conditioners if name in takes]
+            instead = ", ".join(known_ones) or "no condition at all"
             raise InputError(f"this model takes no {given[0]}; it takes: {instead}", exit_code=2)
     if request.also and not (request.prompt or request.label):
         raise InputError("more prompts are asked for beside none; give the first one too", exit_code=2)
     _check_guidance(request, network)
+    _check_noise_level(request, network)
+    _check_words(request, network)
+    if request.refiner is not None:
+        _check_refiner(request.refiner, request, network)
+    elif request.refiner_switch is not None:
+        raise InputError("a refiner switch is given without a refiner; give the model too", exit_code=2)
+    _check_numbers(request, network)
     entries = table()
     for option in OPTIONS:
         value, allowed = getattr(request, option), entries[known(request.sampler)].options.get(option)
@@ -142,7 +165,7 @@ def _check(request: Request, network: LatentDiffusion) -> None:
             raise InputError(
                 f"{option} {value:g} is asked of sampler {request.sampler!r}, which takes {range_}", exit_code=2
             )
-    space(known(request.spacing), network.architecture.schedule, known(request.steps), network.architecture.searched)
+    path_of(network, request)
     network.latent_shape(known(request.height), known(request.width))
 
 
@@ -228,7 +251,12 @@ def _check_guidance(request: Request, network: LatentDiffusion) -> None:
         raise InputError(f"guidance scale {scale} is asked for with cfg++, whose scales are 0 to 1", exit_code=2)
     if scale == 1 and kind != "cfg++":
         rescale = request.guidance_rescale if not request.pag_scale else None
-        idle = {"a negative prompt": request.negative, "a guidance model": guide, "guidance rescale": rescale}
+        idle = {
+            "a negative prompt": request.negative,
+            "a negative aesthetic score": request.negative_aesthetic_score,
+            "a guidance model": guide,
+            "guidance rescale": rescale,
+        }
         for what, given in {**idle, f"guidance kind {kind!r}": kind}.items():
             if given:
                 raise InputError(f"{what} has no effect at guidance scale 1; give another scale", exit_code=2)
@@ -257,11 +285,98 @@ def _check_guide(guide: Guide, request: Request, network: LatentDiffusion) -> No
         raise InputError(f"the request needs {missing}; give its file", exit_code=2)
     if guide.model.network.architecture.concat_channels not in (0, network.architecture.concat_channels):
         raise InputError(f"guidance model {guide.model.name!r} takes other pictures than this model", exit_code=2)
-    own, other = network.first_stage, guide.model.network.first_stage
+    _check_latents(network, guide.model, "guidance model")
+
+
+def _check_latents(network: LatentDiffusion, model: Model, what: str) -> None:
+    """Another model of a request must speak of the same latents."""
+    own, other = network.first_stage, model.network.first_stage
     shape = (own.latent_channels, own.downsampling) == (other.latent_channels, other.downsampling)
     if not shape or not all(
         torch.allclose(ours, theirs.to(ours), rtol=1e-3, atol=1e-3)
         for ours, theirs in ((own.latent_mean, other.latent_mean), (own.latent_std, other.latent_std))
     ):
-        got = f"guidance model {guide.model.name!r} was trained on other latents than this model"
+        got = f"{what} {model.name!r} was trained on other latents than this model"
         raise InputError(f"{got}; take one of the same first stage", exit_code=2)
+
+
+def _check_refiner(refiner: Guide, request: Request, network: LatentDiffusion) -> None:
+    """A refiner must be at hand, speak of the same latents, understand the request, and have steps to do."""
+    if request.task not in REFINED:
+        raise InputError(f"{request.task} takes no refiner; {' and '.join(REFINED)} do", exit_code=2)
+    if request.guidance_model is not None:
+        raise InputError("a guidance model and a refiner are asked for; give one of them", exit_code=2)
+    if refiner.model is None:
+        missing = f"the refiner whose file has the sha256 {refiner.digest[:16]}..."
+        raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+    other = refiner.model.network
+    if other.architecture.concat_channels:
+        raise InputError(
+            f"refiner {refiner.model.name!r} takes pictures beside its latent; it refines none", exit_code=2
+        )
+    for conditioner, field in (("text", "prompt"), ("label", "label")):
+        if getattr(request, field) and conditioner not in other.conditioners:
+            raise InputError(f"refiner {refiner.model.name!r} takes no {field}; take one that does", exit_code=2)
+    _check_latents(network, refiner.model, "refiner")
+    steps, first = len(path_of(network, request)) - 1, switch_step(network, request)
+    if not 0 < first < steps:
+        whose = "the refiner" if first else "the model before it"
+        got = f"with the refiner switch at {request.refiner_switch:g}, {whose} has none of the {steps} steps to do"
+        raise InputError(f"{got}; give more steps or another switch", exit_code=2)
+
+
+def _check_numbers(request: Request, network: LatentDiffusion) -> None:
+    """Only what the model, or its refiner, is told in numbers."""
+    refiner = request.refiner and request.refiner.model
+    models = [network, *([refiner.network] if refiner else [])]
+    told = {name for model in models if model.architecture.numbers for name in model.architecture.numbers.says}
+    for name in NUMBERS:
+        if getattr(request, name) is not None and name.removeprefix("negative_") not in told:
+            told_ones = ", ".join(sorted(told)).replace("_", " ") or "no sizes and no score"
+            got = f"this model is not told {name.replace('_', ' ')}"
+            raise InputError(f"{got}; it is told {told_ones}", exit_code=2)
+    for name in ("original_size", "target_size"):
+        if 0 in (getattr(request, name) or ()):
+            raise InputError(f"{name.replace('_', ' ')} has a side of no pixels; give both", exit_code=2)
+
+
+def _noisy(network: LatentDiffusion) -> bool:
+    """Whether the model takes noise on what it is told of a picture."""
+    image = network.architecture.image
+    return image is not None and image.slot == "vector"
+
+
+def _check_noise_level(request: Request, network: LatentDiffusion) -> None:
+    """A level of noise is for upscaling and for variations by unCLIP, up to what each was trained with."""
+    level = request.noise_level
+    if level is None:
+        return
+    image = network.architecture.image
+    if request.task == "upscaling":
+        most = NOISE_MOST
+    elif request.variation is not None and image is not None and _noisy(network):
+        most = image.noise.steps - 1
+    else:
+        raise InputError(f"{request.task} takes no noise level; upscaling and variations by unCLIP do", exit_code=2)
+    if level > most:
+        raise InputError(f"noise level {level} is asked for; this model takes 0 to {most}", exit_code=2)
+
+
+def _check_words(request: Request, network: LatentDiffusion) -> None:
+    """Clip skip and textual inversions are CLIP's, and each inversion has a name of its own."""
+    refiner = request.refiner and request.refiner.model
+    for model in (network, *([refiner.network] if refiner else [])):
+        text = dict(model.conditioners.items()).get("text")
+        for field in ("clip_skip", "embedding"):
+            if getattr(request, field) is not None and not isinstance(text, ClipConditioner):
+                what = {"clip_skip": "clip skip", "embedding": "textual inversion"}[field]
+                raise InputError(f"this model takes no {what}; models with CLIP's text towers do", exit_code=2)
+        if request.clip_skip is not None and isinstance(text, ClipConditioner):
+            most = min(tower.layers - tower.skip for tower in text.config.towers)
+            if request.clip_skip > most:
+                raise InputError(
+                    f"clip skip {request.clip_skip} is asked for; this model takes 1 to {most}", exit_code=2
+                )
+    names = [name.casefold() for _, name in request.embedding or () if name is not None]
+    if len(set(names)) < len(names):
+        raise InputError(f"two textual inversions have one name of {names}; give each its own: FILE:NAME", exit_code=2)

@@ -58,14 +58,46 @@ def generate(
         Path | None, typer.Option(help="How near everything is (white: near), for models that take it.")
     ] = None,
     noise_level: Annotated[
-        int | None, typer.Option(help="Upscaling: noise on --init, 0 to 350; more leaves more to the model.")
+        int | None,
+        typer.Option(
+            help="Noise on --init (upscaling, 0 to 350) or --variation (unCLIP): more leaves more to the model."
+        ),
+    ] = None,
+    variation: Annotated[
+        Path | None, typer.Option(help="Picture to draw variations of, for models that are told pictures.")
+    ] = None,
+    original_size: Annotated[
+        str | None, typer.Option(help="SD XL: WIDTHxHEIGHT that the picture is said to have had before it was cut.")
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="SD XL: LEFT,TOP pixels that are said to have been cut off (default: 0,0).")
+    ] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="SD XL: WIDTHxHEIGHT that it is said to be drawn for.")
+    ] = None,
+    aesthetic: Annotated[
+        float | None, typer.Option(help="SD XL refiner: how much people like the picture, 0 to 10 (default: 6).")
+    ] = None,
+    negative_aesthetic: Annotated[
+        float | None, typer.Option(help="SD XL refiner: the same of what is led away from (default: 2.5).")
+    ] = None,
+    refiner: Annotated[str | None, typer.Option(help="A model that does the last steps (SD XL's refiner).")] = None,
+    refiner_switch: Annotated[
+        float | None, typer.Option(help="Share of the noise levels before the refiner takes over (default: 0.8).")
+    ] = None,
+    clip_skip: Annotated[
+        int | None, typer.Option(help="1: CLIP's text towers whole; 2 leaves out the last block (A1111's number).")
+    ] = None,
+    embedding: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:NAME, a textual inversion that prompts say; repeatable.")
     ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT, a LoRA to put on; repeatable.")] = None,
     control: Annotated[
         list[str] | None, typer.Option(help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet; repeatable.")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="What computes the networks: torch, or openvino (pip install latentkit[openvino]).")
+        str | None,
+        typer.Option(help="What computes the networks: torch, or openvino (pip install latentkit[openvino])."),
     ] = None,
     exact: Annotated[
         bool, typer.Option("--exact", help="One at a time: a batch equals its singles bit by bit.")
@@ -75,6 +107,7 @@ def generate(
 ) -> None:
     """Draw pictures. Prints the path of each; never writes over a file."""
     from latentkit.applications.attachment import Attachment, Guide
+    from latentkit.applications.backend import read
     from latentkit.applications.generate import generate as run
     from latentkit.applications.request import ask
     from latentkit.checkpoints.files import load
@@ -104,16 +137,26 @@ def generate(
         "init": Attachment.read(init) if init else None,
         "strength": strength,
         "mask": Attachment.read(mask) if mask else None,
-        "extend": _sides(extend),
+        "extend": _numbers(extend, 4, "extend", "LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,64,0"),
         "paste": None if paste else False,
         "depth": Attachment.read(depth) if depth else None,
         "noise_level": noise_level,
+        "variation": Attachment.read(variation) if variation else None,
+        "original_size": _extent(original_size),
+        "crop": _numbers(crop, 2, "crop", "LEFT,TOP in pixels, such as 0,128"),
+        "target_size": _extent(target_size),
+        "aesthetic_score": aesthetic,
+        "negative_aesthetic_score": negative_aesthetic,
+        "refiner": Guide.read(refiner) if refiner else None,
+        "refiner_switch": refiner_switch,
+        "clip_skip": clip_skip,
+        "embedding": [_embedding(text) for text in embedding] if embedding else None,
         "lora": [_lora(text) for text in lora] if lora else None,
         "control": [_control(text) for text in control] if control else None,
         "backend": backend,
     }
     requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
-    loaded = load(model)
+    loaded = read(model, whole=bool(lora)) if backend == "openvino" else load(model)
     events = run(loaded, requests, count=count, exact=exact)
     open_folder(out)
     drawn = {}
@@ -144,16 +187,30 @@ def _size(text: str | None) -> tuple[int | None, int | None]:
         raise InputError(f"size {text!r} is not WIDTHxHEIGHT in pixels, such as 64x48", exit_code=2) from None
 
 
-def _sides(text: str | None) -> list[int] | None:
-    """The four numbers of "0,0,64,0"."""
+def _extent(text: str | None) -> list[int | None] | None:
+    """Width and height of "64x48", if any."""
+    return None if text is None else list(_size(text))
+
+
+def _numbers(text: str | None, count: int, what: str, wanted: str) -> list[int] | None:
+    """The `count` numbers of "0,0,64,0"."""
     try:
-        sides = None if text is None else [int(side) for side in text.split(",")]
+        numbers = None if text is None else [int(number) for number in text.split(",")]
     except ValueError:
-        sides = []
-    if sides is not None and len(sides) != 4:
-        wanted = "is not LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,64,0"
-        raise InputError(f"extend {text!r} {wanted}", exit_code=2)
-    return sides
+        numbers = []
+    if numbers is not None and len(numbers) != count:
+        raise InputError(f"{what} {text!r} is not {wanted}", exit_code=2)
+    return numbers
+
+
+def _embedding(text: str) -> list[object]:
+    """File and name of "style.safetensors:<style>"; a file's own name is None."""
+    from latentkit.applications.attachment import WeightsFile
+
+    path, _, name = text.rpartition(":")
+    if not path or Path(text).exists():
+        path, name = text, ""
+    return [WeightsFile.read(path), name or None]
 
 
 def _lora(text: str) -> list[object]:

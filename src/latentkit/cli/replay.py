@@ -21,10 +21,15 @@ def replay(
     init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image, inpainting).")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask of its inpainting.")] = None,
     depth: Annotated[Path | None, typer.Option(help="The depth picture that it was drawn by.")] = None,
+    variation: Annotated[Path | None, typer.Option(help="The picture that it is a variation of.")] = None,
     lora: Annotated[list[Path] | None, typer.Option(help="A LoRA that it was drawn with; repeatable.")] = None,
     control: Annotated[list[Path] | None, typer.Option(help="A ControlNet that it was drawn with; repeatable.")] = None,
     hint: Annotated[list[Path] | None, typer.Option(help="The picture of a ControlNet; repeatable.")] = None,
+    embedding: Annotated[
+        list[Path] | None, typer.Option(help="A textual inversion that it was drawn with; repeatable.")
+    ] = None,
     guidance_model: Annotated[str | None, typer.Option(help="The guidance model that it was drawn with.")] = None,
+    refiner: Annotated[str | None, typer.Option(help="The refiner that it was drawn with.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the picture.")] = Path("out"),
 ) -> None:
     """Draw a picture again: the same bytes with the same model, versions, threads and kind of machine.
@@ -52,7 +57,7 @@ def replay(
         raise InputError(
             f"{picture}: is a truncated PNG, and what says how it was drawn is lost with its end"
         ) from None
-    for field, path in (("init", init), ("mask", mask), ("depth", depth)):
+    for field, path in (("init", init), ("mask", mask), ("depth", depth), ("variation", variation)):
         if path is not None:
             record = _given(record, field, Attachment.read(path), str(path), picture)
         elif (wanted := getattr(record.request, field)) is not None:
@@ -61,7 +66,8 @@ def replay(
             raise InputError(
                 f"{picture} was drawn from {other} ({digest}); give it with --{field} PICTURE", exit_code=2
             )
-    for field, place, files in (("lora", 0, lora), ("control", 0, control), ("control", 1, hint)):
+    weights = (("lora", 0, lora), ("embedding", 0, embedding), ("control", 0, control), ("control", 1, hint))
+    for field, place, files in weights:
         for path in files or ():
             given = Attachment.read(path) if place else WeightsFile.read(path)
             record = _among(record, field, place, given, f"{path} is no {'hint' if place else field} of {picture}")
@@ -73,9 +79,9 @@ def replay(
         torch.set_num_threads(there.threads)
     dtype = getattr(torch, there.dtype)
     loaded = load(model or record.model, device, dtype)
-    if guidance_model is not None:
-        guide = Guide.read(guidance_model, device, dtype)
-        record = _given(record, "guidance_model", guide, guidance_model, picture)
+    for field, name in (("guidance_model", guidance_model), ("refiner", refiner)):
+        if name is not None:
+            record = _given(record, field, Guide.read(name, device, dtype), name, picture)
     differences = record.differences(loaded)
     for difference in differences:
         say(f"latentkit: {difference}")

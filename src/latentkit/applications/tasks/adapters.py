@@ -1,7 +1,8 @@
-"""LoRAs and ControlNets of a request: read for the model that draws, and LoRAs put on it while it answers."""
+"""LoRAs, ControlNets and textual inversions of a request: read for the model that draws, and lent to it."""
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -9,13 +10,31 @@ from torch import Tensor
 from latentkit.applications.attachment import WeightsFile
 from latentkit.applications.request import Request, known
 from latentkit.checkpoints.adapters.controlnet_names import read_control
+from latentkit.checkpoints.adapters.inversions import Inversion, read_inversion
 from latentkit.checkpoints.adapters.lora_files import read_lora
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.errors import InputError
+from latentkit.model.conditioners.clip import ClipConditioner, mentions
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.lora import Adapted
 
-READERS = {"lora": ("LoRA", read_lora), "control": ("ControlNet", read_control)}
+
+def _inversion(path: Path, network: LatentDiffusion) -> Inversion:
+    """The textual inversion there, whose vectors are of the widths that the model takes."""
+    found = read_inversion(path)
+    with _text(network).knowing({found.name: found.vectors}):
+        return found
+
+
+def _text(network: LatentDiffusion) -> ClipConditioner:
+    return cast(ClipConditioner, network.conditioners["text"])
+
+
+READERS = {
+    "lora": ("LoRA", read_lora),
+    "control": ("ControlNet", read_control),
+    "embedding": ("textual inversion", _inversion),
+}
 """Fields of a request that begin with a file of weights: what it is, and what reads it for a model."""
 
 
@@ -37,7 +56,27 @@ def opened(request: Request, network: LatentDiffusion, held: dict[str, Any]) -> 
             update[field] = tuple(
                 (WeightsFile(file.digest, file.path, held[file.digest]), *rest) for file, *rest in entries
             )
+    if "embedding" in update:
+        update["embedding"] = tuple((file, name or known(file.content).name) for file, name in update["embedding"])
     return request.model_copy(update=update)
+
+
+def knowing(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:
+    """A context in which the request's textual inversions stand for words, of the model and of its refiner."""
+    contexts = ExitStack()
+    refiner = request.refiner and request.refiner.model
+    learnt = {known(name): known(file.content).vectors for file, name in request.embedding or ()}
+    for each in (network, *([refiner.network] if refiner else [])):
+        if learnt:
+            contexts.enter_context(_text(each).knowing(learnt))
+    return contexts
+
+
+def unsaid(request: Request) -> list[str]:
+    """The names of the request's textual inversions that none of its prompts says."""
+    prompts = [request.prompt or "", request.negative, *(words for words, _ in request.also or ())]
+    names = [known(name) for _, name in request.embedding or ()]
+    return [name for name in names if not any(list(mentions(prompt, [name])) for prompt in prompts)]
 
 
 def wearing(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from latentkit.applications.plan import Plan, covered, encoded, guided, last_part
+from latentkit.applications.plan import Plan, covered, encoded, guided, path_of, refined
 from latentkit.applications.request import Request, known
 from latentkit.data.pictures import to_tensor
 from latentkit.diffusion.noise import PictureNoise
@@ -17,9 +17,9 @@ def prepare(network: LatentDiffusion, requests: Sequence[Request], noise: Pictur
     first, device = requests[0], network.first_stage.latent_mean.device
     pictures = torch.stack([picture(request, network.first_stage.picture_channels) for request in requests])
     z = encoded(network, pictures.to(device))
-    sigmas = last_part(network, first)
+    sigmas = path_of(network, first)
     start = z + noise.initial().to(device) * float(sigmas[0])
-    return Plan(start, sigmas, guided(network, requests), network.first_stage.decode)
+    return Plan(start, sigmas, guided(network, requests), network.first_stage.decode, refined(network, requests))
 
 
 def picture(request: Request, channels: int) -> Tensor:

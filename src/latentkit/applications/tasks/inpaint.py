@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentkit.applications.plan import Plan, encoded, fitted, guided, last_part
+from latentkit.applications.plan import Plan, encoded, fitted, guided, path_of
 from latentkit.applications.request import Request, known
 from latentkit.applications.rules import fills
 from latentkit.data.pictures import to_tensor
@@ -29,7 +29,7 @@ def prepare(network: LatentDiffusion, requests: Sequence[Request], noise: Pictur
     pictures, masks = (torch.stack(each).to(stage.latent_mean.device) for each in zip(*made))
     holes = masks >= HALF
     z, eps = encoded(network, pictures), noise.initial().to(pictures.device)
-    sigmas = last_part(network, first)
+    sigmas = path_of(network, first)
     start = z + eps * float(sigmas[0])
     if fills(network.architecture) == "mask":
         denoise = guided(network, requests, Conditioning(concat=seen(network, pictures, holes.float())))

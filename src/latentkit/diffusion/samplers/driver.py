@@ -123,6 +123,11 @@ class Walk:
         """Begin interval `i` with the latent `x`."""
         self.i, self.sigma, self.after, self._x = i, sigma, after, x
 
+    def hand_over(self, denoise: Denoise) -> None:
+        """Another denoiser answers from here on, and nothing is remembered of the one before."""
+        self.denoise, self.held, self.carried = denoise, None, 0.0
+        self.past.clear()
+
     @property
     def left(self) -> int:
         """Intervals from this one to the end, where that is 0; more than any rule needs where it is not."""
@@ -200,6 +205,7 @@ def follow(
     sigmas: np.ndarray,
     noise: Noise | None,
     history: Sequence[Point] = (),
+    later: tuple[int, Denoise] | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Run a sampler of the table; see `sample`, which gets it by its name."""
@@ -211,6 +217,8 @@ def follow(
     walk.denoise, walk.evaluations = denoise, 0
     for i, (sigma, after) in enumerate(itertools.pairwise(walk.sigmas)):
         walk.enter(i, sigma, after, x)
+        if later is not None and i == later[0]:
+            walk.hand_over(later[1])
         if sigma >= SIGMA_CAP:
             down, up = ancestral(sigma, after, options.get("eta", float(entry.stochastic)))
             x = walk.mix(*walk.estimate(x), down / sigma, up)
@@ -226,18 +234,20 @@ def sample(
     sigmas: np.ndarray,
     noise: Noise | None,
     history: Sequence[Point] = (),
+    later: tuple[int, Denoise] | None = None,
     **options: Any,
 ) -> Iterator[Step]:
     """Run sampler `name` from `x` at `sigmas[0]` down `sigmas` (falling, float64), one `Step` per interval.
 
     `history` makes known points of the path, at falling sigmas above `sigmas[0]`, the past of a multistep sampler:
     its rule is led over them first, with their x0 as the denoiser's answer, and what it makes of x is thrown away.
-    `noise` may be None for a sampler that draws none.
+    `noise` may be None for a sampler that draws none. `later` is (i, denoise): another denoiser answers from interval
+    i on, and the past of a multistep sampler begins anew there.
     Errors: InputError for an unknown name, an option that the sampler does not take, or a value outside its range.
     """
     entry = sampler(name)
     _check(entry, options, name)
-    return follow(entry, denoise, x, sigmas, noise, history, **options)
+    return follow(entry, denoise, x, sigmas, noise, history, later, **options)
 
 
 def invert(denoise: Denoise, x: Tensor, sigmas: np.ndarray) -> Iterator[Step]:

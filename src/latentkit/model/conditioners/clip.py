@@ -6,7 +6,8 @@ multiplies the states of the tokens and then scales the window so that its mean 
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -101,6 +102,17 @@ class ClipConditioner(nn.Module):
             raise InputError(f"textual inversion {name!r} has no name, or holds values that are not finite")
         self._learnt[name] = tuple(one.detach() for one in vectors)
 
+    @contextmanager
+    def knowing(self, learnt: Mapping[str, Sequence[Tensor]]) -> Iterator[None]:
+        """Inside of this context each name in a prompt stands for its vectors, as `learn` says."""
+        before, self._learnt = self._learnt, dict(self._learnt)
+        try:
+            for name, vectors in learnt.items():
+                self.learn(name, vectors)
+            yield
+        finally:
+            self._learnt = before
+
     def from_batch(self, batch: dict[str, Any]) -> list[str]:
         """The captions of a training batch, in which brackets are brackets."""
         return [escaped(caption) for caption in batch["caption"]]
@@ -111,10 +123,10 @@ class ClipConditioner(nn.Module):
 
     def forward(self, prompts: Sequence[str | Prompt | None]) -> Conditioning:
         """Rows for the prompts, on the towers' device; InputError for emphasis or a clip skip that cannot be."""
-        asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt or "") for prompt in prompts]
+        asked = [prompt if isinstance(prompt, Prompt) else Prompt(prompt) for prompt in prompts]
         if len({prompt.skip for prompt in asked}) > 1:
             return Conditioning.cat([self([prompt]) for prompt in prompts])
-        windows = [list(self._windows(prompt.text)) for prompt in asked]
+        windows = [list(self._windows(prompt.text or "")) for prompt in asked]
         together = [window for each in windows for window in each]
         ids = torch.tensor([ids for ids, _ in together])
         weights = torch.tensor([weights for _, weights in together])
@@ -123,13 +135,13 @@ class ClipConditioner(nn.Module):
         pooled = [vector for vector in vectors if vector is not None]
         vector = torch.cat(pooled, -1) if pooled else None
         rows, first = [], 0
-        for prompt, each in zip(prompts, windows):
+        for prompt, each in zip(asked, windows):
             here, first = first, first + len(each)
             row = Conditioning(
                 context=context[here:first].flatten(0, 1)[None],
                 vector=None if vector is None else vector[here : here + 1],
             )
-            rows.append(_silent(row) if prompt is None and self.config.absent == "zero" else row)
+            rows.append(_silent(row) if prompt.text is None and self.config.absent == "zero" else row)
         return Conditioning.cat(rows)
 
     def state(self) -> dict[str, Any]:
@@ -149,9 +161,8 @@ class ClipConditioner(nn.Module):
             rows[name] = list(range(behind, behind + len(vectors[0])))
             behind += len(vectors[0])
         names = sorted(rows, key=len, reverse=True)
-        pattern = "|".join(f"({re.escape(name)})" for name in names)
         plain = 0
-        for match in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE):
+        for match in mentions(text, names):
             yield from ([token] for token in self._ids(text[plain : match.start()]))
             yield rows[names[(match.lastindex or 1) - 1]]
             plain = match.end()
@@ -189,6 +200,12 @@ class ClipConditioner(nn.Module):
             mean, after = context.float().mean((1, 2), keepdim=True), heavy.mean((1, 2), keepdim=True)
             context = (heavy * (mean / after).nan_to_num(1.0).clamp(*SCALED)).to(context.dtype)
         return context, vector
+
+
+def mentions(text: str, names: Sequence[str]) -> Iterator[re.Match[str]]:
+    """Where a text says one of `names` as words of their own, in any case: group i + 1 is the name i."""
+    pattern = "|".join(f"({re.escape(name)})" for name in names)
+    return re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text, re.IGNORECASE)
 
 
 def _silent(row: Conditioning) -> Conditioning:

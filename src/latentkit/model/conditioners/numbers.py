@@ -15,6 +15,11 @@ AWAY_SCORE = 2.5
 """The refiner's aesthetic score of what is guided away from."""
 
 
+SAYS = {6: ("original_size", "crop", "target_size"), 5: ("original_size", "crop", "aesthetic_score")}
+"""What the numbers are about, by how many there are: SD XL base, and its refiner."""
+Numbers = tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class NumbersConfig:
     """Which numbers a model is told (Podell et al. 2023, section 2.2)."""
@@ -36,14 +41,27 @@ class NumbersConfig:
         """Width of the vector."""
         return len(self.default) * (self.width or 1)
 
-    def drawn(self, height: int, width: int, away: bool = False) -> tuple[float, ...]:
-        """The default at the size drawn, pixels: a whole picture of that size; `away`: what is guided away from."""
-        size = float(height), float(width)
-        if len(self.default) == 6:
-            return (*size, *self.default[2:4], *size)
-        if len(self.default) == 5:
-            return (*size, *self.default[2:4], AWAY_SCORE if away else self.default[4])
-        return self.default
+    @property
+    def says(self) -> tuple[str, ...]:
+        """What its numbers are about."""
+        return SAYS.get(len(self.default), ())
+
+    def drawn(self, height: int, width: int, away: bool = False, **said: tuple[float, float] | float) -> Numbers:
+        """The numbers of a whole picture of the size drawn, pixels, but for what is `said` otherwise (see `SAYS`).
+
+        `away`: of what is guided away from. Pairs are height and width, or top and left.
+        """
+        if not self.says:
+            return self.default
+        values: dict[str, Any] = {
+            "original_size": (height, width),
+            "crop": self.default[2:4],
+            "target_size": (height, width),
+            "aesthetic_score": AWAY_SCORE if away else self.default[-1],
+            **said,
+        }
+        told = (values[name] for name in self.says)
+        return tuple(float(n) for value in told for n in (value if isinstance(value, tuple) else (value,)))
 
 
 SDXL_NUMBERS = NumbersConfig((1024, 1024, 0, 0, 1024, 1024))

@@ -17,12 +17,12 @@ _BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 class Prompt(NamedTuple):
-    """A prompt, and how many more of the text tower's last blocks to leave out than the model does (clip skip).
+    """A prompt (None: no prompt), and how many more of the towers' last blocks to leave out than the model does.
 
-    This is diffusers' count; AUTOMATIC1111's begins at 1.
+    This clip skip is diffusers' count; AUTOMATIC1111's begins at 1.
     """
 
-    text: str
+    text: str | None
     skip: int = 0
 
 
