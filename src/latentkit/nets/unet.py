@@ -230,10 +230,16 @@ def run(network: Descending, block: nn.Module, *inputs: Tensor | bool | None) ->
     return block(*inputs)
 
 
-def embed(network: Descending, timestep: Tensor, context: Tensor | None, vector: Tensor | None) -> Float[Tensor, "b d"]:
+def embed(
+    network: Descending,
+    timestep: Tensor,
+    context: Tensor | None,
+    vector: Tensor | None,
+    beside: Float[Tensor, "b d"] | None = None,
+) -> Float[Tensor, "b d"]:
     """What every residual block is told, through SiLU; InputError for slots that the network does not have.
 
-    `timestep` is `b`, or `b d`, its sinusoids made before.
+    `timestep` is `b`, or `b d`, its sinusoids made before; `beside` joins what is made of it.
     """
     config = network.config
     for name, given, width in (
@@ -250,7 +256,7 @@ def embed(network: Descending, timestep: Tensor, context: Tensor | None, vector:
     if network.class_embedding is not None:
         assert vector is not None
         embedding = embedding + network.class_embedding(vector[:, 0].long())
-    return F.silu(embedding)
+    return F.silu(embedding if beside is None else embedding + beside)
 
 
 def descend(
