@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from latentkit.applications.request import Request, known
+from latentkit.checkpoints.files import Model, load
 from latentkit.data.source import cache_home
 from latentkit.errors import InputError
 from latentkit.model.first_stage import WHOLE_PIXELS
@@ -76,32 +77,36 @@ def running(network: LatentDiffusion, request: Request) -> AbstractContextManage
     """
     if request.backend != "openvino":
         return nullcontext()
-    again = _LENT.get(network)
-    parts = {"denoiser.unet": network.denoiser.unet}
-    if (own := network.first_stage.autoencoder) is not None:
-        parts |= {f"first_stage.autoencoder.{name}": getattr(own, name) for name in ("encoder", "decoder")}
-    calls = []
-    for name, part in parts.items():
-        anew = None if again is None else lambda name=name, again=again: again().get_submodule(name)
-        calls.append(
-            Converted(part, own.config if own is not None and part is not network.denoiser.unet else None, anew)
-        )
-    others = [known(guide.model).network.denoiser.unet for guide in (request.guidance_model,) if guide]
+    again, own = _AGAIN.get(network), network.first_stage.autoencoder
+    calls = [Converted(network.denoiser.unet, anew=_part(again, "denoiser.unet"))]
+    if own is not None:
+        for name in ("encoder", "decoder"):
+            part = _part(again, f"first_stage.autoencoder.{name}")
+            calls.append(Converted(getattr(own, name), own.config, part))
+    others = [known(guide.model).network.denoiser.unet for guide in (request.guidance_model, request.refiner) if guide]
     others += [known(file.content) for file, *_ in request.control or ()]
-    seen = {id(part) for part in parts.values()}
-    calls += [Converted(other) for other in {id(other): other for other in others if id(other) not in seen}.values()]
-    return _Running(calls)
+    return _Running([*calls, *(Converted(other) for other in others)])
 
 
-def lend(network: LatentDiffusion, again: Callable[[], LatentDiffusion]) -> None:
-    """Allow networks to lose their weights in memory once they are converted; `again` reads the model anew.
+def _part(again: Callable[[], LatentDiffusion] | None, name: str) -> Callable[[], nn.Module] | None:
+    return None if again is None else lambda: again().get_submodule(name)
 
-    The model is good for nothing but drawing by OpenVINO then, and takes no LoRA.
+
+def read(name: str | Path, *, whole: bool = False) -> Model:
+    """The model called `name` for drawing by OpenVINO, in bfloat16 where the machine has instructions for it.
+
+    Unless it stays `whole`, its networks lose their weights in memory as they are converted: it is good for nothing
+    else then, and takes no LoRA.
     """
-    _LENT[network] = again
+    dtype = torch.bfloat16 if _bf16() else None
+    model = load(name, "cpu", dtype)
+    if not whole:
+        _AGAIN[model.network] = lambda: load(name, "cpu", dtype).network
+    return model
 
 
-_LENT: WeakKeyDictionary[LatentDiffusion, Callable[[], LatentDiffusion]] = WeakKeyDictionary()
+_AGAIN: WeakKeyDictionary[LatentDiffusion, Callable[[], LatentDiffusion]] = WeakKeyDictionary()
+"""Of models that need not stay whole, what reads them anew."""
 
 
 class _Running:
@@ -116,7 +121,7 @@ class _Running:
 
     def __exit__(self, *error: object) -> None:
         for call in self.calls:
-            del vars(call.network)["forward"]
+            vars(call.network).pop("forward", None)  # one that takes two parts is there twice
 
 
 class Converted:
@@ -138,12 +143,11 @@ class Converted:
         form, tensors = self._told(args, named)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise InputError("backend 'openvino' gives no gradient, which this guidance needs; take backend 'torch'")
-        if self._kept is None:
-            self._kept = _kept(self.network)
-        if form not in self._kept.models:
-            self._kept.models[form] = _Compiled(self._file(form, tensors), self._precision())
+        kept = self._kept = self._kept or _kept(self.network)
+        if form not in kept.models:
+            kept.models[form] = _Compiled(self._file(kept, form, tensors), "bf16" if kept.half and _bf16() else "f32")
         rows = [(x.float() if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
-        answers = [torch.from_numpy(answer).to(tensors[0].dtype) for answer in self._kept.models[form](rows)]
+        answers = [torch.from_numpy(answer).to(tensors[0].dtype) for answer in kept.models[form](rows)]
         return answers[0] if len(answers) == 1 else answers
 
     def _told(self, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Form, list[Tensor]]:
@@ -166,15 +170,10 @@ class Converted:
                 form.append((name, 0))
         return tuple(form), tensors
 
-    def _precision(self) -> str:
-        able = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return "bf16" if able and _dtype(self.network).itemsize == 2 else "f32"
-
-    def _file(self, form: Form, tensors: list[Tensor]) -> Path:
-        """The conversion for one way of calling, made if it is not kept."""
-        assert self._kept is not None
-        about = [FORMAT, version(), type(self.network).__name__, repr(self.shape), form, str(_dtype(self.network))]
-        key = hashlib.sha256(json.dumps([*about, self._kept.digest]).encode()).hexdigest()
+    def _file(self, kept: "_Kept", form: Form, tensors: list[Tensor]) -> Path:
+        """The conversion for one way of calling, made if there is none."""
+        about = [FORMAT, version(), type(self.network).__name__, repr(self.shape), form, kept.digest]
+        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         path = cache_folder() / f"{key}.xml"
         try:
             _core().read_model(path)
@@ -182,9 +181,9 @@ class Converted:
                 os.utime(file)
         except (RuntimeError, OSError):
             logging.getLogger("latentkit").info("a %s is converted for OpenVINO, once", type(self.network).__name__)
-            _write(path, self._traced(form, tensors), half=_dtype(self.network).itemsize == 2)
+            _write(path, self._traced(form, tensors), kept.half)
         if self.anew is not None:
-            self.network.to("meta", _dtype(self.network))
+            self.network.to("meta", kept.dtype)
         return path
 
     def _traced(self, form: Form, tensors: list[Tensor]) -> Any:
@@ -258,9 +257,14 @@ class _Compiled:
 class _Kept:
     """What is in memory of a network with certain weights, for a number of threads."""
 
-    def __init__(self, digest: str, threads: int) -> None:
-        self.digest, self.threads = digest, threads
+    def __init__(self, digest: str, dtype: torch.dtype, threads: int) -> None:
+        self.digest, self.dtype, self.threads = digest, dtype, threads
         self.models: dict[Form, _Compiled] = {}
+
+    @property
+    def half(self) -> bool:
+        """Whether its type has 16 bits."""
+        return self.dtype.itemsize == 2
 
 
 _MEMORY: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
@@ -272,7 +276,7 @@ def _kept(network: nn.Module) -> _Kept:
     kept, threads = _MEMORY.get(network), torch.get_num_threads()
     digest = kept.digest if kept is not None and _gone(network) else _digest(network)
     if kept is None or (kept.digest, kept.threads) != (digest, threads):
-        _MEMORY[network] = kept = _Kept(digest, threads)
+        _MEMORY[network] = kept = _Kept(digest, _dtype(network), threads)
     return kept
 
 
@@ -283,6 +287,11 @@ def _digest(network: nn.Module) -> str:
         content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         content.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return content.hexdigest()
+
+
+def _bf16() -> bool:
+    """Whether the machine has instructions for bfloat16."""
+    return "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

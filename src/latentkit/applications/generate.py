@@ -176,7 +176,7 @@ def _draw(model: Model, jobs: dict[int, Request], before: float, part: float) ->
             step, steps, x0, evaluations = event
             yield Progress(tuple(jobs), step, steps, before + part * step / steps, x0, evaluations)
     assert pixels is not None
-    made_with = machine(model)
+    made_with = machine(model, requests[0].backend)
     for row, (number, request) in enumerate(jobs.items()):
         record = Record(
             request=request, model=model.name, digest=model.digest, row=row, batch=len(requests), machine=made_with

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 import latentkit
 from latentkit.applications.attachment import Guide
+from latentkit.applications.backend import version
 from latentkit.applications.request import Request
 from latentkit.checkpoints.files import Model, invalid
 from latentkit.errors import InputError
@@ -43,6 +44,8 @@ class Machine(BaseModel):
     device: Text
     threads: int = Field(ge=1, le=4096)
     dtype: Literal["float32", "bfloat16", "float16"]
+    openvino: Text | None = None
+    """Its version, where it is the backend."""
 
 
 class Record(BaseModel):
@@ -66,12 +69,12 @@ class Record(BaseModel):
         found = []
         if model.digest != self.digest:
             found.append(f"model {model.name} ({model.digest[:10]}) instead of {self.model} ({self.digest[:10]})")
-        here, there = machine(model).model_dump(), self.machine.model_dump()
+        here, there = machine(model, self.request.backend).model_dump(), self.machine.model_dump()
         return found + [f"{name} {here[name]} instead of {there[name]}" for name in there if here[name] != there[name]]
 
 
-def machine(model: Model) -> Machine:
-    """This machine, with the device and type that `model` computes in."""
+def machine(model: Model, backend: str | None = None) -> Machine:
+    """This machine, with the device and type that `model` computes in; InputError for a backend not at hand."""
     parameter = next(model.network.denoiser.parameters())
     if parameter.device.type == "cuda":
         device = f"cuda {torch.cuda.get_device_name(parameter.device)}"
@@ -85,6 +88,7 @@ def machine(model: Model) -> Machine:
         device=device,
         threads=torch.get_num_threads(),
         dtype=str(parameter.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        openvino=version() if backend == "openvino" else None,
     )
 
 
