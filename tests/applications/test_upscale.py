@@ -161,8 +161,7 @@ def test_batches_equal_singles_and_records_draw_again(tmp_path: Path, small: Att
 def test_what_released_models_take_beside_their_latent() -> None:
     expected = {
         "sd1.5-inpainting": "mask", "sd2-inpainting": "mask", "sdxl-inpainting": "mask", "inpainting_big": "mask",
-        "sd2-depth": "depth", "x4-upscaler": "small picture", "bsr_sr": "other", "semantic_synthesis256": "other",
-        "semantic_synthesis512": "other",
+        "sd2-depth": "depth", "x4-upscaler": "small picture", "bsr_sr": "small picture",
     }  # fmt: skip
     assert {name: fills(preset.architecture) for name, preset in PRESETS.items()} == {
         name: expected.get(name) for name in PRESETS

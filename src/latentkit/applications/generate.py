@@ -10,7 +10,7 @@ from torch import Tensor
 from latentkit.applications.backend import check, running
 from latentkit.applications.metadata import MAX_BATCH, Record, chunks, machine
 from latentkit.applications.plan import Prepare, from_noise
-from latentkit.applications.request import OPTIONS, Request, ask, known, told
+from latentkit.applications.request import OPTIONS, PICTURES, Request, ask, known, told
 from latentkit.applications.rules import resolve
 from latentkit.applications.tasks import image_to_image, inpaint, upscale
 from latentkit.applications.tasks.adapters import knowing, opened, unsaid, wearing, within
@@ -26,6 +26,8 @@ from latentkit.model.latent_diffusion import LatentDiffusion
 APPLICATIONS: dict[str, Prepare] = {
     "text-to-image": from_noise,
     "class-to-image": from_noise,
+    "layout-to-image": from_noise,
+    "semantic-to-image": from_noise,
     "unconditional": from_noise,
     "image-to-image": image_to_image.prepare,
     "inpainting": inpaint.prepare,
@@ -34,7 +36,7 @@ APPLICATIONS: dict[str, Prepare] = {
 }
 CELLS_AT_ONCE = 1 << 14
 """Latent cells of one batch: 32 pictures of 16x16 cells (at most), 4 of 64x64, one of 128x128."""
-OWN = ("prompt", "label", "negative", "seed", "init", "mask", "depth", "variation")
+OWN = ("prompt", "label", "negative", "seed", "layout", *PICTURES)
 """Fields in which the pictures of one batch may differ."""
 
 

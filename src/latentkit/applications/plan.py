@@ -11,6 +11,7 @@ from torch import Tensor
 
 from latentkit.applications.attachment import Guide
 from latentkit.applications.request import Request, known
+from latentkit.applications.tasks.places import placed
 from latentkit.data.pictures import resize, to_tensor
 from latentkit.diffusion import guidance
 from latentkit.diffusion.noise import PictureNoise, keyed_normal
@@ -190,7 +191,7 @@ def _told(network: LatentDiffusion, requests: Sequence[Request]) -> dict[str, li
         "label": [r.label for r in requests],
         "image": [_shown(network, r) for r in requests],
     }
-    said |= _numbers(network, requests)
+    said |= _numbers(network, requests) | placed(network, requests)
     return {name: _filled(network, name, values) for name, values in said.items() if name in network.conditioners}
 
 
@@ -198,7 +199,10 @@ def _absent(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioni
     """The rows that guidance leads away from."""
     words = [_worded(request, "text", request.negative or None) for request in requests]
     values = {"text": _filled(network, "text", words)} if "text" in network.conditioners else {}
-    return network.condition({**values, **_numbers(network, requests, away=True)}, len(requests))
+    values |= _numbers(network, requests, away=True)
+    if "map" in network.conditioners:
+        values |= {"map": placed(network, requests)["map"]}
+    return network.condition(values, len(requests))
 
 
 def _worded(request: Request, name: str, words: str | None) -> str | Prompt | None:

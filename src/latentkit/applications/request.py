@@ -19,9 +19,17 @@ from latentkit.model.latent_diffusion import LatentDiffusion
 
 T = TypeVar("T")
 Task = Literal[
-    "text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "upscaling", "variation"
+    "text-to-image",
+    "class-to-image",
+    "layout-to-image",
+    "semantic-to-image",
+    "unconditional",
+    "image-to-image",
+    "inpainting",
+    "upscaling",
+    "variation",
 ]
-PICTURES = ("init", "mask", "depth", "variation")
+PICTURES = ("init", "mask", "depth", "semantic_map", "variation")
 """Fields that hold a picture."""
 OPTIONS = ("eta", "churn")
 """Fields that go to the sampler as they are."""
@@ -45,6 +53,10 @@ Controls = Annotated[
 ]
 Side = Annotated[int, Field(ge=0, le=8192)]
 Sides = Annotated[tuple[Side, Side, Side, Side], BeforeValidator(_pairs)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Boxes = Annotated[
+    tuple[tuple[Words | int, Share, Share, Share, Share], ...], BeforeValidator(_pairs), Field(max_length=1_000)
+]
 Extent = Annotated[tuple[Side, Side], BeforeValidator(_pairs)]
 Score = Annotated[float, Field(ge=0, le=10)]
 Inversions = Annotated[
@@ -104,6 +116,10 @@ class Request(BaseModel):
     """The kept pixels are the init picture's own; without, they have passed the first stage."""
     depth: Attached | None = None
     """How near everything is to be, for a model that takes that: white is near; only the order of grays counts."""
+    semantic_map: Attached | None = None
+    """The class of each pixel (`Attachment.read(path, decode_map)`), for a model that takes that."""
+    layout: Boxes | None = None
+    """Boxes to fill: each a class (its name or number), and left, top, right and bottom in 0..1."""
     noise_level: int | None = Field(default=None, ge=0, le=100_000)
     """Timestep of the noise on the small picture (upscaling), or on what a variation is told of its picture.
 
@@ -179,8 +195,8 @@ def told(network: LatentDiffusion, words: str | None) -> dict[str, str | None]:
 
 
 def canvas_size(request: Request) -> tuple[int, int]:
-    """Height and width of the init picture with what is added at its sides."""
-    height, width = known(known(request.init).picture).array.shape[:2]
+    """Height and width of the init picture, or of the semantic map, with what is added at its sides."""
+    height, width = known(known(request.init or request.semantic_map).picture).array.shape[:2]
     left, top, right, bottom = request.extend or (0, 0, 0, 0)
     return height + top + bottom, width + left + right
 

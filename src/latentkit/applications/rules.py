@@ -1,7 +1,7 @@
 """Rules of requests: what is left open is filled in, and what cannot be done is refused."""
 
 import secrets
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import ValidationError
@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from latentkit.applications.attachment import Guide
 from latentkit.applications.plan import path_of, switch_step
 from latentkit.applications.request import OPTIONS, PICTURES, Request, Task, canvas_size, known
+from latentkit.applications.tasks import places
 from latentkit.checkpoints.files import Model, invalid
 from latentkit.diffusion.samplers.driver import split_name, table
 from latentkit.errors import InputError
@@ -21,7 +22,12 @@ TAKES = {
     "upscaling": ("init",),
 }
 """Fields that only some tasks take."""
-NEEDS = {"text-to-image": "prompt", "class-to-image": "label", "variation": "variation"} | dict.fromkeys(TAKES, "init")
+NEEDS = {
+    "image-to-image": "init", "inpainting": "init", "upscaling": "init", "variation": "variation",
+    "text-to-image": "prompt", "class-to-image": "label", "layout-to-image": "layout",
+    "semantic-to-image": "semantic_map",
+}  # fmt: skip
+"""What a task cannot do without; where no task is named, the first whose need is given is meant."""
 FALLBACK = {
     "sampler": "dpm++2m",
     "spacing": "uniform",
@@ -69,19 +75,25 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
         raise invalid(error, "the model's sampling defaults", FALLBACK) from None
     height, width = network.architecture.size
     open_fields = {**FALLBACK, "height": height, "width": width, "seed": secrets.randbelow(2**32)}
+    if not _led(network) and request.guidance_model is None:
+        open_fields["guidance_scale"] = 1.0
     open_fields |= {name: suggested[name] for name in FALLBACK if name in suggested}
     open_fields["task"] = request.task or _task(request, network)
     if open_fields["task"] in STRENGTH:
         open_fields["strength"] = STRENGTH[open_fields["task"]]
     if open_fields["task"] == "inpainting":
         open_fields |= {"paste": True, **_own_size(request, network, 1)}
+    if open_fields["task"] == "semantic-to-image":
+        open_fields |= _own_size(request, network, 1)
     if open_fields["task"] == "upscaling":
-        open_fields |= {"noise_level": NOISE_LEVEL, **_own_size(request, network, network.first_stage.downsampling)}
+        open_fields |= _own_size(request, network, network.first_stage.downsampling)
+        if network.architecture.numbers:
+            open_fields["noise_level"] = NOISE_LEVEL
     if request.variation is not None and _noisy(network):
         open_fields["noise_level"] = VARIED_LEVEL
     if request.refiner is not None:
         open_fields["refiner_switch"] = REFINER_SWITCH
-    if not network.conditioners and request.guidance_model is None:
+    if not _leaves_out(network) and request.guidance_model is None:
         open_fields["guidance_scale"] = 1.0
     if request.guidance_kind == "cfg++":
         open_fields["guidance_scale"] = CFG_PLUS_SCALE
@@ -91,6 +103,21 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
     full = request.model_copy(update=filled)
     _check(full, network)
     return full
+
+
+def _leaves_out(network: LatentDiffusion) -> bool:
+    """Whether there is a condition that can be left out."""
+    return bool(network.conditioners.keys() - {"map"})
+
+
+def _led(network: LatentDiffusion) -> bool:
+    """Whether guidance is usual: for layouts, and classes without a row for none, no released model learnt it."""
+    label = network.architecture.label
+    return bool(network.conditioners.keys() & {"text", "image"}) or (label is not None and label.null)
+
+
+def _words(field: str) -> str:
+    return field.replace("_", " ")
 
 
 def _names(sampler: str, spacing: str | None) -> dict[str, str]:
@@ -103,8 +130,9 @@ def _names(sampler: str, spacing: str | None) -> dict[str, str]:
 
 
 def _own_size(request: Request, network: LatentDiffusion, times: int) -> dict[str, int]:
-    """The init picture's own size, so many `times`, less the pixels that do not make a whole latent."""
-    if request.init is None or request.init.picture is None or (request.height and request.width):
+    """The own size of the init picture or the semantic map, so many `times`, less what makes no whole latent."""
+    given = request.init or request.semantic_map
+    if given is None or given.picture is None or (request.height and request.width):
         return {}
     height, width = (times * side for side in canvas_size(request))
     (usual, wide), step = network.architecture.size, network.multiple
@@ -122,10 +150,8 @@ def _task(request: Request, network: LatentDiffusion) -> Task:
         return "upscaling"
     if request.mask is not None or request.extend is not None:
         return "inpainting"
-    for task in ("image-to-image", "variation", "text-to-image", "class-to-image"):
-        if getattr(request, NEEDS[task]) is not None:
-            return task
-    return "unconditional"
+    given = (task for task in NEEDS if getattr(request, NEEDS[task]) is not None)
+    return next((cast(Task, task) for task in given), "unconditional")
 
 
 def _check(request: Request, network: LatentDiffusion) -> None:
@@ -133,17 +159,21 @@ def _check(request: Request, network: LatentDiffusion) -> None:
     needed = NEEDS.get(str(request.task))
     if needed and getattr(request, needed) is None:
         article = "an" if needed == "init" else "a"
-        raise InputError(f"{request.task} needs {article} {needed}; none was given", exit_code=2)
+        raise InputError(f"{request.task} needs {article} {_words(needed)}; none was given", exit_code=2)
     if request.task == "unconditional" and (request.prompt or request.label):
         raise InputError("unconditional drawing takes neither prompt nor label; leave them out", exit_code=2)
     _check_pictures(request, network)
-    takes = {"text": ("prompt", "negative"), "label": ("label",), "image": ("variation",)}
+    places.check(request, network)
+    takes = {
+        "text": ("prompt", "negative"), "label": ("label",), "image": ("variation",), "layout": ("layout",),
+        "map": ("semantic_map",),
+    }  # fmt: skip
     for conditioner, fields in takes.items():
         given = [name for name in fields if getattr(request, name)]
         if given and conditioner not in network.conditioners:
-            known_ones = [takes[name][0] for name in network.conditioners if name in takes]
+            known_ones = [_words(takes[name][0]) for name in network.conditioners if name in takes]
             instead = ", ".join(known_ones) or "no condition at all"
-            raise InputError(f"this model takes no {given[0]}; it takes: {instead}", exit_code=2)
+            raise InputError(f"this model takes no {_words(given[0])}; it takes: {instead}", exit_code=2)
     if request.also and not (request.prompt or request.label):
         raise InputError("more prompts are asked for beside none; give the first one too", exit_code=2)
     _check_guidance(request, network)
@@ -174,7 +204,7 @@ def _check_pictures(request: Request, network: LatentDiffusion) -> None:
     hints = [("hint", hint) for _, hint, _ in request.control or ()]
     for name, attached in [*((name, getattr(request, name)) for name in PICTURES), *hints]:
         if attached is not None and attached.picture is None:
-            missing = f"the {name} picture whose pixels have the sha256 {attached.digest[:16]}..."
+            missing = f"the {_words(name)} picture whose pixels have the sha256 {attached.digest[:16]}..."
             raise InputError(f"the request needs {missing}; give its file", exit_code=2)
     takes = TAKES.get(str(request.task), ())
     if request.init and "init" not in takes:
@@ -185,7 +215,7 @@ def _check_pictures(request: Request, network: LatentDiffusion) -> None:
     for task, fields in TAKES.items():
         for name in fields:
             if name not in takes and getattr(request, name) is not None:
-                raise InputError(f"{request.task} takes no {name.replace('_', ' ')}; {task} does", exit_code=2)
+                raise InputError(f"{request.task} takes no {_words(name)}; {task} does", exit_code=2)
     if request.task == "inpainting":
         _check_inpainting(request)
     slot = fills(network.architecture)
@@ -235,16 +265,16 @@ def fills(architecture: Architecture) -> Literal["mask", "depth", "small picture
         return "mask"
     if channels == 1:
         return "depth"
-    return "small picture" if architecture.network.classes and channels == architecture.picture_channels else "other"
+    return "small picture" if channels == architecture.picture_channels else "other"
 
 
 def _check_guidance(request: Request, network: LatentDiffusion) -> None:
     """Every rule of the fields that guidance is asked for by."""
     scale, kind, guide = known(request.guidance_scale), request.guidance_kind, request.guidance_model
-    if scale != 1 and not network.conditioners and guide is None:
+    if scale != 1 and not _leaves_out(network) and guide is None:
         raise InputError(
-            f"guidance scale {scale} has nothing to guide: this model takes no condition; use 1, or give a "
-            "guidance model",
+            f"guidance scale {scale} has nothing to guide: this model takes no condition that can be left out; use 1, "
+            "or give a guidance model",
             exit_code=2,
         )
     if kind == "cfg++" and scale > 1:
@@ -352,7 +382,7 @@ def _check_noise_level(request: Request, network: LatentDiffusion) -> None:
     if level is None:
         return
     image = network.architecture.image
-    if request.task == "upscaling":
+    if request.task == "upscaling" and network.architecture.numbers:
         most = NOISE_MOST
     elif request.variation is not None and image is not None and _noisy(network):
         most = image.noise.steps - 1

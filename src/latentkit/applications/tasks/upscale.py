@@ -13,11 +13,14 @@ from latentkit.model.latent_diffusion import LatentDiffusion
 
 
 def prepare(network: LatentDiffusion, requests: Sequence[Request], noise: PictureNoise) -> Plan:
-    """Pure noise, and the small pictures, whose pixels are its cells (Rombach et al. 2022, section 4.4; SD x4)."""
+    """Pure noise, and the small pictures, whose pixels are its cells (Rombach et al. 2022, section 4.4; SD x4).
+
+    Noise is put on them for a model that is told its level.
+    """
     first, schedule = requests[0], network.architecture.schedule
     channels, (_, height, width) = network.first_stage.picture_channels, noise.shape
     step = network.multiple // network.first_stage.downsampling
-    sigma = float(schedule.to_sigma(known(first.noise_level)))
+    sigma = 0.0 if first.noise_level is None else float(schedule.to_sigma(first.noise_level))
     rows = []
     for request in requests:
         small = to_tensor(known(known(request.init).picture), channels)
