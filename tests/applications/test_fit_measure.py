@@ -78,7 +78,7 @@ def test_a_rehearsal_tells_of_steps_that_are_skipped(tiny):
 def test_both_stages_are_measured(tiny, kind):
     found, train = planned(tiny, kind)
     first = measure_autoencoder(found.autoencoder, train)
-    second = measure_diffusion(found.diffusion, found.autoencoder, train)
+    second = measure_diffusion(found.diffusion, found.autoencoder.network, train)
     for measured in (first, second):
         assert 0 < measured.seconds < 10
         assert 10**7 < measured.memory < 10**11
@@ -100,7 +100,7 @@ def test_steps_are_timed_over_several_batches_once_they_are_warm(tiny, monkeypat
             seen.append(batch["draw"][0].item())
             return super().loss(turn, batch, shared)
 
-    seconds, _ = measure._steps(
+    seconds, *_ = measure._steps(
         found.autoencoder, Seen(), [{"step": 0, "draw": torch.arange(n, n + 4)} for n in (0, 4, 8)], 4, 4, None
     )
     assert seen[:4] == [0, 4, 8, 0]

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -145,19 +145,29 @@ def evaluate(
     `shown` shows progress on stderr. Errors: InputError where no picture can be measured.
     """
     take = min(count or len(source), len(source))
-    rows: list[dict[str, float]] = []
     left_out: dict[str, str] = {}
+
+    def originals() -> Iterator[Tensor]:
+        for place in track(range(take), take, "reconstructing", shown):
+            try:
+                yield to_tensor(source.read(place * len(source) // take), first_stage.picture_channels, background)
+            except BadPicture as error:
+                left_out[error.name] = error.reason
+        if len(left_out) == take:
+            first = next(iter(left_out.items()), ("the data", "holds no picture"))
+            raise InputError(f"no picture could be measured; {first[0]}: {first[1]}")
+
+    return measure(first_stage, originals(), lpips)._replace(left_out=left_out)
+
+
+def measure(first_stage: FirstStage, originals: Iterable[Tensor], lpips: PerceptualDistance | None = None) -> Report:
+    """Measure a first stage on pictures `c h w` in [-1, 1]; InputError where there are none."""
+    rows: list[dict[str, float]] = []
     known, seen = [], []
     chosen: Counter[int] = Counter()
     moments = torch.zeros(3, first_stage.latent_channels, dtype=torch.float64)
     autoencoder = first_stage.autoencoder
-    for place in track(range(take), take, "reconstructing", shown):
-        index = place * len(source) // take
-        try:
-            original = to_tensor(source.read(index), first_stage.picture_channels, background)
-        except BadPicture as error:
-            left_out[error.name] = error.reason
-            continue
+    for original in originals:
         latents, other = reconstruct(first_stage, original)
         rows.append(_compared(original, other, lpips))
         both = features([original, other])
@@ -169,13 +179,12 @@ def evaluate(
         if codes is not None:
             chosen.update(codes.tolist())
     if not rows:
-        first = next(iter(left_out.items()), ("the data", "holds no picture"))
-        raise InputError(f"no picture could be measured; {first[0]}: {first[1]}")
+        raise InputError("no picture could be measured; there is none")
     mean = moments[1] / moments[0]
     x, y = torch.stack(known), torch.stack(seen)
     return Report(
         pictures=len(rows),
-        left_out=left_out,
+        left_out={},
         psnr=_mean(rows, "psnr") or 0.0,
         psnr_box=_mean(rows, "psnr_box"),
         ssim=_mean(rows, "ssim") or 0.0,

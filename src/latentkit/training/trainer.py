@@ -37,7 +37,7 @@ class Schedule(BaseModel):
     )  # pictures a forward pass, on one process; null: the whole batch
     save_every: int = Field(default=1000, gt=0)
     log_every: int = Field(default=50, gt=0)
-    sample_every: int = Field(default=1000, gt=0)
+    sample_every: int | None = Field(default=1000, gt=0)  # null: no samples and no figures of held-out pictures
     precision: Literal["bf16", "float32"] = "float32"
     device: str = "auto"
 
@@ -298,7 +298,8 @@ class Trainer:
             self.window = {}
             rates = {"lr" if len(self.turns) == 1 else f"{turn}/lr": self.rate(turn) for turn in self.turns}
             self.log({name: total / weight for name, (total, weight) in merged.items()} | rates)
-            self.run.time(self.step, {"pictures_per_second": self.progress.rate, "unix_time": time.time()})
+            rate = {"pictures_per_second": self.progress.rate, "unix_time": time.time()}
+            self.run.time(self.step, rate | self.progress.portion())
         if self.averaging.snapshot_every and (last or self.step % self.averaging.snapshot_every == 0):
             try:
                 self.run.snapshot(self.step, *self.ema.snapshot())
@@ -347,7 +348,7 @@ class Trainer:
                 raise
             warn(f"{error} Training goes on; the next try is after {self.schedule.save_every} steps.")
             return
-        self.run.time(self.step, {"save_seconds": time.monotonic() - begun})
+        self.run.time(self.step, {"save_seconds": time.monotonic() - begun, **self.progress.portion()})
 
     def _resume(self) -> None:
         """Take up the newest good checkpoint, the same on every rank."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -24,6 +24,7 @@ from latentkit.data.source import Source
 from latentkit.errors import InputError
 from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.model.first_stage import FirstStage
+from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.training import distributed
 from latentkit.training.diffusion import DiffusionObjective
 from latentkit.training.first_stage.autoencoder import AutoencoderObjective
@@ -46,8 +47,8 @@ Batches = list[Batch]
 class Measured(BaseModel):
     """One stage on this machine: seconds a step, bytes at its peak, pictures a forward pass (None: the batch).
 
-    The rest is in seconds too: to write a checkpoint; to read a picture the first time; and, of a picture each, to
-    encode it, to measure a held-out one in a look, to draw one.
+    The rest is in seconds too: what all threads compute in a step; to write a checkpoint; to read a picture the first
+    time; and, of a picture each, to encode it, to measure a held-out one in a look, to draw one.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +56,7 @@ class Measured(BaseModel):
     seconds: float
     memory: int
     micro_batch: int | None = None
+    computed: float = 0.0
     save: float = 0.0
     decode: float = 0.0
     encode: float = 0.0
@@ -142,9 +144,9 @@ def measure_autoencoder(recipe: AutoencoderRecipe, train: Pictures) -> Measured:
     return measured.model_copy(update={**found, "seconds": seconds})
 
 
-def measure_diffusion(recipe: DiffusionRecipe, autoencoder: AutoencoderRecipe, train: Pictures) -> Measured:
-    """Time and memory of the second stage on latents drawn at random."""
-    first_stage = FirstStage(autoencoder.network, autoencoder.network.picture_channels)
+def measure_diffusion(recipe: DiffusionRecipe, autoencoder: AutoencoderConfig | None, train: Pictures) -> Measured:
+    """Time and memory of the second stage on latents drawn at random (None: on pixels drawn at random)."""
+    first_stage = FirstStage(autoencoder, recipe.data.transform.channels)
     side = recipe.data.transform.size // first_stage.downsampling
     latents = _Noise(train.source, torch.randn(2 * first_stage.latent_channels, side, side))
     order = Order(len(train), recipe.schedule.batch, recipe.seed)
@@ -204,7 +206,7 @@ def _measure(
     allowed = MEMORY_SHARE * (available(device) + _used(device))
     try:
         pair = (max(1, size // 8), max(2, size // 4))
-        weights = {count: _steps(recipe, objective(), batches[:1], count, count, 2)[1] for count in pair}
+        weights = {count: _steps(recipe, objective(), batches[:1], count, count, 2).memory for count in pair}
     except torch.OutOfMemoryError:
         raise _too_large(f"{size // 4} pictures at a time do not fit", allowed) from None
     micro = portion(size, weights, allowed)
@@ -216,8 +218,8 @@ def _measure(
         saved.append(time.monotonic() - begun)
         rest(trainer)
 
-    seconds, memory = _steps(recipe, objective(), batches, size, micro, None, after)
-    return Measured(seconds=seconds, memory=memory, micro_batch=None if micro == size else micro, save=saved[0])
+    timed = _steps(recipe, objective(), batches, size, micro, None, after)
+    return Measured(**timed._asdict(), micro_batch=None if micro == size else micro, save=saved[0])
 
 
 def portion(batch: int, weights: dict[int, int], allowed: float) -> int:
@@ -240,6 +242,14 @@ def _too_large(what: str, allowed: float) -> InputError:
     )
 
 
+class _Timed(NamedTuple):
+    """Seconds of a step, those that its threads computed, and bytes at most."""
+
+    seconds: float
+    computed: float
+    memory: int
+
+
 def _steps(
     recipe: Any,
     objective: Any,
@@ -248,16 +258,18 @@ def _steps(
     micro: int,
     count: int | None,
     after: Callable[[Trainer], None] = lambda trainer: None,
-) -> tuple[float, int]:
-    """Mean seconds of the later of `count` steps of `size` pictures (None: as many as are timed), and bytes at most."""
+) -> _Timed:
+    """Means over the later of `count` steps of `size` pictures (None: as many as are timed)."""
     device = distributed.pick_device(recipe.schedule.device)
     recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"batch": size})})
     parts = [[_rows(batch, start, start + micro) for start in range(0, size, micro)] for batch in batches]
     times: list[float] = []
+    computed: list[float] = []
     peak = 0
 
     def watch(step: int, loss: float) -> bool:
         times.append(time.monotonic())
+        computed.append(time.process_time())
         if count is not None:
             return step == count
         timed = step - WARM
@@ -270,7 +282,8 @@ def _steps(
 
     _reset(device)
     rehearse(recipe, objective, lambda: itertools.cycle(parts), watch, ended)
-    return (times[-1] - times[WARM - 1]) / max(1, len(times) - WARM), peak
+    mean, busy = ((row[-1] - row[WARM - 1]) / max(1, len(row) - WARM) for row in (times, computed))
+    return _Timed(mean, busy, peak)
 
 
 def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:

@@ -60,6 +60,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
     loader = Loader(train, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
     seen = recipe.loss.perceptual
+    every = recipe.schedule.sample_every
     distance = read_distance(seen) if seen and seen.network != "own" else None
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
         if seen and seen.network == "own":
@@ -78,7 +79,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             schedule=recipe.schedule,
             optimiser={"autoencoder": recipe.optimiser} | ({"critic": critic.optimiser} if critic else {}),
             averaging=recipe.averaging,
-            callbacks=[Callback(recipe.schedule.sample_every, lambda step, t: _look(step, t, autoencoder, held))],
+            callbacks=[Callback(every, lambda step, t: _look(step, t, autoencoder, held))] if every else (),
             seed=recipe.seed,
         )
         trainer.train()

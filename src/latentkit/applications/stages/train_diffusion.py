@@ -66,8 +66,8 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
     )
     model.denoiser.unet.checkpointing = recipe.checkpointing
     objective = DiffusionObjective(model, recipe.loss, recipe.seed)
-    validation = validation_batches(held_data, held)
     every = recipe.schedule.sample_every
+    validation = validation_batches(held_data, held) if every else []
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
         trainer = Trainer(
             objective,
@@ -76,7 +76,7 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
             schedule=recipe.schedule,
             optimiser=recipe.optimiser,
             averaging=recipe.averaging,
-            callbacks=[Callback(every, lambda step, t: _look(step, t, objective, recipe, validation))],
+            callbacks=[Callback(every, lambda step, t: _look(step, t, objective, recipe, validation))] if every else (),
             seed=recipe.seed,
         )
         trainer.train()

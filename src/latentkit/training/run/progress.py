@@ -39,11 +39,14 @@ class Progress:
         self.batch = batch
         self.silent = silent or quiet()
         self.step_time: float | None = None
+        self._portion: dict[str, float] = {}
+        self._finished = -1
         self._show: Callable[[int, str], None] | None = None
         self._close: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Progress":
         self._last = self._shown = time.monotonic()
+        self._computed = time.process_time()
         if not self.silent and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -68,11 +71,25 @@ class Progress:
     def begin(self) -> None:
         """Start the clock of a step: what went before (samples, saving) is not counted."""
         self._last = time.monotonic()
+        self._computed = time.process_time()
+
+    def portion(self) -> dict[str, float]:
+        """The steps since the last call: the step before them (`since`), their seconds and their `thread_seconds`.
+
+        Those are what all threads of the process computed. Nothing where there was no step.
+        """
+        found, self._portion = self._portion, {}
+        return found
 
     def update(self, step: int, loss: float) -> None:
         """Show that `step` steps are finished."""
         now = time.monotonic()
         taken = now - self._last
+        if step != self._finished + 1 or not self._portion:
+            self._portion = {"since": step - 1, "seconds": 0.0, "thread_seconds": 0.0}
+        self._portion["seconds"] += taken
+        self._portion["thread_seconds"] += time.process_time() - self._computed
+        self._finished = step
         self.step_time = taken if self.step_time is None else SMOOTHING * self.step_time + (1 - SMOOTHING) * taken
         if self.silent:
             return
