@@ -92,7 +92,7 @@ def test_strips_have_the_values_of_the_whole(
         part.register_forward_pre_hook(lambda _, given: rows.append(given[0].shape[2]))
     torch.testing.assert_close(network.encode(pixels).mean, whole, rtol=0, atol=1e-12)
     torch.testing.assert_close(network.decode(z), drawn, rtol=0, atol=1e-12)
-    assert len(rows) > 4
+    assert len(rows) >= 4
     assert max(rows) < 32 * config.downsampling
 
 
