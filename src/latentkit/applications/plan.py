@@ -1,6 +1,8 @@
 """Plan: a batch of requests prepared for the sampler, and what every application prepares alike."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentkit.applications.attachment import Guide
-from latentkit.applications.request import Request, known
+from latentkit.applications.request import Request, Terms, known
 from latentkit.applications.tasks.places import placed
 from latentkit.data.pictures import resize, to_tensor
 from latentkit.diffusion import guidance
@@ -21,7 +23,7 @@ from latentkit.model.conditioners.image import ImagePrompt
 from latentkit.model.conditioners.prompt import Prompt
 from latentkit.model.conditioning import Conditioning, merge
 from latentkit.model.latent_diffusion import LatentDiffusion
-from latentkit.nets.controlnet import HINT_CELL, Control
+from latentkit.nets.controlnet import HINT_CELL, ROWS, Control, kind_number
 
 
 class Plan(NamedTuple):
@@ -130,7 +132,7 @@ def guided(
     pair = guidance.itself(alone)
     if first.also or (steered and first.guidance_model is None):
         weights = (1.0, *(weight for _, weight in first.also or ()))
-        joint = bind(Conditioning.cat([merge([_absent(network, requests), always]), *told]))
+        joint = bind(Conditioning.cat([merge([_absent(network, requests), _away(always)]), *told]))
         pair = guidance.together(joint, weights)
     if first.also:
         alone = guidance.positive(pair)
@@ -149,13 +151,34 @@ def _controlled(network: LatentDiffusion, request: Request, count: int) -> tuple
     """The request's ControlNets, and `count` rows of their hints."""
     controls, hints = [], {}
     _, height, width = network.latent_shape(known(request.height), known(request.width))
-    for number, (file, attached, weight) in enumerate(request.control or ()):
+    sigmas = path_of(network, request)
+    for number, (file, attached, weight, *more) in enumerate(request.control or ()):
         name, net = f"hint{number}", known(file.content)
         pixels = to_tensor(known(attached.picture), net.hint_channels)
         pixels = (covered(pixels, HINT_CELL * height, HINT_CELL * width) + 1) / 2
         hints[name] = pixels.expand(count, -1, -1, -1).to(network.first_stage.latent_mean.device)
-        controls.append(Control(net, name, weight))
+        terms = more[0] if more else Terms()
+        if terms.guess or net.pooled:
+            hints[name + ROWS] = torch.ones(count, dtype=torch.bool, device=hints[name].device)
+        kind = kind_number(terms.kind) if terms.kind else 0
+        controls.append(Control(net, name, weight, terms.guess, kind, *_interval(sigmas, terms)))
     return controls, Conditioning(extras=hints)
+
+
+def _interval(sigmas: np.ndarray, terms: Terms) -> tuple[float, float]:
+    """The noise levels (above, up to) of the steps that lie wholly in the share of all steps."""
+    steps = len(sigmas) - 1
+    inside = [i for i in range(steps) if i / steps >= terms.start and (i + 1) / steps <= terms.end]
+    if not inside:
+        return math.inf, math.inf
+    high = math.inf if inside[0] == 0 else float(sigmas[inside[0]])
+    return (-math.inf if inside[-1] == steps - 1 else float(sigmas[inside[-1] + 1])), high
+
+
+def _away(always: Conditioning) -> Conditioning:
+    """The same on the side that guidance leads away from, where ControlNets in guess mode do not answer."""
+    rows = {name: torch.zeros_like(value) for name, value in always.extras.items() if name.endswith(ROWS)}
+    return replace(always, extras=always.extras | rows)
 
 
 def _depths(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioning:

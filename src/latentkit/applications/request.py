@@ -11,6 +11,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 
 from latentkit.applications.attachment import Attached, Attachment, Guiding, Weights
@@ -48,12 +49,37 @@ Weighted = Annotated[tuple[tuple[Words, Weight], ...], BeforeValidator(_pairs), 
 
 
 Loras = Annotated[tuple[tuple[Weights, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=16)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Terms(BaseModel):
+    """When and how a ControlNet works."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    start: Share = 0.0
+    end: Share = 1.0
+    """It works in the steps that lie wholly between these shares of all steps."""
+    guess: bool = False
+    """Where guidance leads to alone, its upper residuals counting for less: for hints without words."""
+    kind: str | None = Field(default=None, max_length=100)
+    """Of the hint, for a ControlNet of several kinds: a name in `nets.controlnet.KINDS`, or a number."""
+
+    @model_validator(mode="after")
+    def _some_steps(self) -> "Terms":
+        if self.start >= self.end:
+            raise ValueError(f"start {self.start:g} must be below end {self.end:g}")
+        return self
+
+
+OwnTerms = Annotated[Terms, BeforeValidator(lambda value: Terms(**value) if isinstance(value, dict) else value)]
 Controls = Annotated[
-    tuple[tuple[Weights, Attached, Weight], ...], BeforeValidator(_pairs), Field(min_length=1, max_length=8)
+    tuple[tuple[Weights, Attached, Weight] | tuple[Weights, Attached, Weight, OwnTerms], ...],
+    BeforeValidator(_pairs),
+    Field(min_length=1, max_length=8),
 ]
 Side = Annotated[int, Field(ge=0, le=8192)]
 Sides = Annotated[tuple[Side, Side, Side, Side], BeforeValidator(_pairs)]
-Share = Annotated[float, Field(ge=0, le=1)]
 Boxes = Annotated[
     tuple[tuple[Words | int, Share, Share, Share, Share], ...], BeforeValidator(_pairs), Field(max_length=1_000)
 ]
@@ -151,7 +177,7 @@ class Request(BaseModel):
     lora: Loras | None = None
     """LoRAs, each with its weight, put on the model one after another."""
     control: Controls | None = None
-    """ControlNets, each with its hint picture and its weight."""
+    """ControlNets, each with its hint picture and its weight, and more `Terms` where they are not the usual ones."""
     backend: Literal["torch", "openvino"] | None = None
     """What computes the networks; None is torch. OpenVINO converts them once (`docs/backends.md`)."""
 

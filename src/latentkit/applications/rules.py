@@ -201,7 +201,7 @@ def _check(request: Request, network: LatentDiffusion) -> None:
 
 def _check_pictures(request: Request, network: LatentDiffusion) -> None:
     """Every rule of the pictures that a request starts from."""
-    hints = [("hint", hint) for _, hint, _ in request.control or ()]
+    hints = [("hint", hint) for _, hint, *_ in request.control or ()]
     for name, attached in [*((name, getattr(request, name)) for name in PICTURES), *hints]:
         if attached is not None and attached.picture is None:
             missing = f"the {_words(name)} picture whose pixels have the sha256 {attached.digest[:16]}..."

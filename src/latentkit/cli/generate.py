@@ -54,6 +54,12 @@ def generate(
         bool, typer.Option("--paste/--no-paste", help="Inpainting keeps the very pixels outside of the mask.")
     ] = True,
     strength: Annotated[float | None, typer.Option(help="Share of the path done again from --init, 0 to 1.")] = None,
+    semantic_map: Annotated[
+        Path | None, typer.Option("--map", help="PNG of class numbers, one a pixel, for models that draw by them.")
+    ] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(help='JSON of [{"label": "cat", "box": [0.1, 0.2, 0.5, 0.9]}], for layout models.')
+    ] = None,
     depth: Annotated[
         Path | None, typer.Option(help="How near everything is (white: near), for models that take it.")
     ] = None,
@@ -93,7 +99,11 @@ def generate(
     ] = None,
     lora: Annotated[list[str] | None, typer.Option(help="FILE or FILE:WEIGHT, a LoRA to put on; repeatable.")] = None,
     control: Annotated[
-        list[str] | None, typer.Option(help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet; repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet, and behind it if wanted :start=0.1 :end=0.6 "
+            "(shares of the steps), :guess (without words), :kind=canny (a union's kind of hint); repeatable."
+        ),
     ] = None,
     backend: Annotated[
         str | None,
@@ -110,8 +120,10 @@ def generate(
     from latentkit.applications.backend import read
     from latentkit.applications.generate import generate as run
     from latentkit.applications.request import ask
+    from latentkit.applications.tasks.places import read_boxes
     from latentkit.checkpoints.files import load
     from latentkit.cli.output import open_folder, show, slug, write_new
+    from latentkit.data.maps import decode_map
 
     width, height = _size(size)
     fields = {
@@ -139,6 +151,8 @@ def generate(
         "mask": Attachment.read(mask) if mask else None,
         "extend": _numbers(extend, 4, "extend", "LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,64,0"),
         "paste": None if paste else False,
+        "semantic_map": Attachment.read(semantic_map, decode_map) if semantic_map else None,
+        "layout": read_boxes(boxes) if boxes else None,
         "depth": Attachment.read(depth) if depth else None,
         "noise_level": noise_level,
         "variation": Attachment.read(variation) if variation else None,
@@ -222,14 +236,21 @@ def _lora(text: str) -> list[object]:
 
 
 def _control(text: str) -> list[object]:
-    """File, hint and weight of "canny.safetensors:edges.png:0.8"."""
+    """File, hint, weight and terms of "canny.safetensors:edges.png:0.8:end=0.6"."""
     from latentkit.applications.attachment import Attachment, WeightsFile
 
-    both, weight = _weighted(text)
+    parts, terms = text.split(":"), dict[str, object]()
+    while len(parts) > 1 and parts[-1].partition("=")[0] in ("start", "end", "guess", "kind"):
+        name, _, value = parts.pop().partition("=")
+        try:
+            terms[name] = float(value) if name in ("start", "end") else True if name == "guess" else value
+        except ValueError:
+            raise InputError(f"control {text!r} has {name} {value!r}, which is no number", exit_code=2) from None
+    both, weight = _weighted(":".join(parts))
     path, _, hint = str(both).rpartition(":")
     if not path or not hint:
         raise InputError(f"control {text!r} is not FILE:HINT.png or FILE:HINT.png:WEIGHT", exit_code=2)
-    return [WeightsFile.read(path), Attachment.read(hint), weight]
+    return [WeightsFile.read(path), Attachment.read(hint), weight, *([terms] if terms else [])]
 
 
 def _weighted(text: str) -> list[object]:

@@ -90,7 +90,8 @@ class Denoiser(nn.Module):
         """The denoiser that samplers call, its conditioning fixed; `perturbed` as in `UNet`."""
 
         def denoise(x: Tensor, sigma: float) -> Denoised:
-            answer = self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed, controls)
+            working = [control for control in controls if control.low < sigma <= control.high]
+            answer = self(x, torch.full((len(x),), sigma, dtype=torch.float64), conditioning, perturbed, working)
             x0, *share = answer.split(x.shape[1], dim=1)
             return Denoised(x0, log_variance=share[0] if share else None)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from latentkit.errors import InputError
+from latentkit.errors import InputError, nearest
 from latentkit.nets.layers import EmbeddingMLP, laid_out, sinusoids, zeroed
 from latentkit.nets.unet import UNetConfig, descend, descent, embed
 
@@ -25,6 +25,17 @@ KINDS = {
     "anime_lineart": 3, "mlsd": 3, "normal": 4, "segment": 5, "tile": 6, "repaint": 7,
 }  # fmt: skip
 """Kinds of hint that the released XL unions were trained on, by their number there; the last two promax alone."""
+
+
+def kind_number(kind: str) -> int:
+    """The number of a kind of hint, of its name or of the number itself; InputError with the nearest name."""
+    if kind.isdecimal():
+        return int(kind)
+    if kind not in KINDS:
+        raise InputError(f"hint kind {kind!r} is unknown; {nearest(kind, KINDS)}", exit_code=2)
+    return KINDS[kind]
+
+
 KIND_WAVES = 256
 """Width of the sinusoids that say of each kind of hint whether it is there."""
 FAINTEST = 0.1
