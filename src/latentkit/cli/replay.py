@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from latentkit.applications.metadata import Record
 
 LARGEST = 1 << 28
+OPTIONS = {"semantic_map": "map"}
+"""What a field's option is called, where not as the field."""
 PNG, END = b"\x89PNG\r\n\x1a\n", b"IEND\xaeB`\x82"
 
 
@@ -21,6 +23,7 @@ def replay(
     init: Annotated[Path | None, typer.Option(help="The picture it started from (image-to-image, inpainting).")] = None,
     mask: Annotated[Path | None, typer.Option(help="The mask of its inpainting.")] = None,
     depth: Annotated[Path | None, typer.Option(help="The depth picture that it was drawn by.")] = None,
+    semantic_map: Annotated[Path | None, typer.Option("--map", help="The semantic map that it was drawn by.")] = None,
     variation: Annotated[Path | None, typer.Option(help="The picture that it is a variation of.")] = None,
     lora: Annotated[list[Path] | None, typer.Option(help="A LoRA that it was drawn with; repeatable.")] = None,
     control: Annotated[list[Path] | None, typer.Option(help="A ControlNet that it was drawn with; repeatable.")] = None,
@@ -45,6 +48,8 @@ def replay(
     from latentkit.applications.metadata import read
     from latentkit.checkpoints.files import load, shipped
     from latentkit.cli.output import open_folder, show, write_new
+    from latentkit.data.maps import decode_map
+    from latentkit.data.pictures import decode
     from latentkit.training.run.progress import say, warn
 
     original = _bytes(picture)
@@ -57,14 +62,17 @@ def replay(
         raise InputError(
             f"{picture}: is a truncated PNG, and what says how it was drawn is lost with its end"
         ) from None
-    for field, path in (("init", init), ("mask", mask), ("depth", depth), ("variation", variation)):
+    pictures = {"init": init, "mask": mask, "depth": depth, "semantic_map": semantic_map, "variation": variation}
+    for field, path in pictures.items():
         if path is not None:
-            record = _given(record, field, Attachment.read(path), str(path), picture)
+            found = Attachment.read(path, decode_map if field == "semantic_map" else decode)
+            record = _given(record, field, found, str(path), picture)
         elif (wanted := getattr(record.request, field)) is not None:
-            other = f"{'another picture' if field == 'init' else f'a {field} picture'}"
+            other = "another picture" if field == "init" else f"a {field.replace('_', ' ')} picture"
             digest = f"whose pixels have the sha256 {wanted.digest[:16]}"
             raise InputError(
-                f"{picture} was drawn from {other} ({digest}); give it with --{field} PICTURE", exit_code=2
+                f"{picture} was drawn from {other} ({digest}); give it with --{OPTIONS.get(field, field)} PICTURE",
+                exit_code=2,
             )
     weights = (("lora", 0, lora), ("embedding", 0, embedding), ("control", 0, control), ("control", 1, hint))
     for field, place, files in weights:
