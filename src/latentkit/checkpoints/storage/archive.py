@@ -6,13 +6,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from latentkit.checkpoints.storage.mapping import mapped
 from latentkit.checkpoints.storage.pickles import flat, read_pickle
 from latentkit.errors import InputError
 
 MOST_JSON = 1 << 25
+TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+"""Types of tensors that are mapped; others are copied."""
 
 
 class Archive(NamedTuple):
@@ -36,12 +47,30 @@ def read_archive(path: Path) -> Archive:
             old = " (an old pickle; save it again with torch.save of today)" if start[:1] == b"\x80" else ""
             raise InputError(f"{path}: is neither safetensors nor a zip that torch.save wrote{old}")
         with safe_open(path, "pt") as tables:
-            tensors = {name: tables.get_tensor(name) for name in tables.keys()}  # noqa: SIM118
-            return Archive(tensors, dict(tables.metadata() or {}))
+            return Archive(_mapped(path, tables), dict(tables.metadata() or {}))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except SafetensorError as error:
+    except InputError:
+        raise
+    except (SafetensorError, ValueError) as error:
         raise InputError(f"{path}: is truncated, damaged or no safetensors file ({str(error)[:200]})") from None
+
+
+def _mapped(path: Path, tables: Any) -> dict[str, Tensor]:
+    """The tensors of a file whose header the library found to be right, by name."""
+    space = mapped(path)
+    start = 8 + int.from_bytes(space[:8], "little")
+    tensors: dict[str, Tensor] = {}
+    for name, entry in sorted(json.loads(space[8:start]).items()):
+        if name == "__metadata__":
+            continue
+        dtype, (first, last) = TYPES.get(entry["dtype"]), entry["data_offsets"]
+        if dtype is None or first == last or (start + first) % dtype.itemsize:
+            tensors[name] = tables.get_tensor(name)
+        else:
+            count = (last - first) // dtype.itemsize
+            tensors[name] = torch.frombuffer(space, dtype=dtype, count=count, offset=start + first).view(entry["shape"])
+    return tensors
 
 
 def _pickled(content: Any, path: Path) -> Archive:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
+from latentkit.checkpoints.storage.mapping import mapped
 from latentkit.errors import InputError
 
 MOST_PROGRAM = 1 << 26
@@ -86,8 +87,7 @@ class _Mark(NamedTuple):
 def read_pickle(path: Path) -> Any:
     """The content of a zip that `torch.save` wrote, tensors mapped copy-on-write; InputError for anything else."""
     try:
-        with open(path, "rb") as file:
-            space = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        space = mapped(path)
         with zipfile.ZipFile(path) as archive:
             entries = _entries(path, archive, space)
     except OSError as error:
