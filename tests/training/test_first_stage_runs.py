@@ -174,28 +174,35 @@ def test_accumulation_is_the_same_run(tmp_path: Path, kind: str) -> None:
     same_run(tmp_path / "one", tmp_path / "parts")
 
 
-def _rank(folder: str, kind: str, rank: int, port: int) -> None:
+def _rank(folder: str, rank: int, port: int, changes: dict[str, Any]) -> None:
     os.environ |= {
         "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
-    train(Path(folder), kind=kind, micro=2, **SHORT)
+    trainer = train(Path(folder), micro=2, **changes)
+    torch.save({"attempt": trainer.objective.attempt, **trainer.module.state_dict()}, f"{folder}-rank-{rank}.pt")
     distributed.leave()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_are_the_same_run(tmp_path: Path, kind: str) -> None:
+def train_by_two(folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    """Train on two processes; returns what each of them ended with."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     fork = multiprocessing.get_context("fork")
-    both = [fork.Process(target=_rank, args=(str(tmp_path / "two"), kind, rank, port)) for rank in range(2)]
+    both = [fork.Process(target=_rank, args=(str(folder), rank, port, changes)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(60)
     assert [process.exitcode for process in both] == [0, 0]
+    return [torch.load(f"{folder}-rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_are_the_same_run(tmp_path: Path, kind: str) -> None:
+    train_by_two(tmp_path / "two", kind=kind, **SHORT)
     train(tmp_path / "one", kind=kind, **SHORT)
     same_run(tmp_path / "one", tmp_path / "two")
 
@@ -245,7 +252,8 @@ class Breaking(AutoencoderObjective):
     def loss(self, turn: str, batch: dict[str, Any], shared: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         if turn == "autoencoder" and batch["step"] >= self.at and self.attempt < self.times:
             with torch.no_grad():
-                self.autoencoder.decoder.conv_out.weight.normal_(0, 3)
+                weight = self.autoencoder.decoder.conv_out.weight
+                weight.normal_(0, 3, generator=torch.Generator().manual_seed(batch["step"]))
         return super().loss(turn, batch, shared)
 
 
@@ -298,6 +306,17 @@ def test_a_run_killed_after_it_went_back_ends_with_the_same_bytes(
     assert trainer.run.store.steps() == [25, 30]
     train(tmp_path / "run", objective=Breaking, **LONG)
     assert digest(tmp_path / "run") == digest(folder)
+
+
+def test_two_processes_go_back_to_one_attempt(tmp_path: Path) -> None:
+    """Both from the same checkpoint to the same weights, and the same bytes when it is done again."""
+    one, other = train_by_two(tmp_path / "run", objective=Breaking, **LONG)
+    assert (one.pop("attempt"), other.pop("attempt")) == (1, 1)
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+    (back,) = [line for line in lines(tmp_path / "run") if "attempt" in line]
+    assert back["step"] == 25
+    train_by_two(tmp_path / "again", objective=Breaking, **LONG)
+    assert digest(tmp_path / "again") == digest(tmp_path / "run")
 
 
 class Endless(AutoencoderObjective):
