@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentkit.checkpoints.adapters.controlnet_names import FIRST, controlnet_pairs, read_control
+from latentkit.checkpoints.adapters.control_files import read_control
+from latentkit.checkpoints.adapters.controlnet_names import FIRST, controlnet_pairs
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.names.diffusers_configs import unet_json
 from latentkit.checkpoints.names.rename import given
@@ -135,7 +136,7 @@ def test_what_is_refused_is_named(tmp_path: Path) -> None:
 
     less = {name: one for name, one in good.items() if name != "zero_convs.1.0.bias"}
     refused(less, "zero_convs.1.0.bias is missing")
-    refused(good | {"difference": torch.zeros(1)}, "difference is not known to this architecture")
+    refused(good | {"different": torch.zeros(1)}, "different is not known to this architecture")
     refused(good | {"time_embed.0.bias": torch.full((128,), torch.nan)}, "time_embed.0.bias is not finite")
     refused({"a": torch.zeros(1)}, f"is no ControlNet: it has neither {FIRST['ldm']} nor ")
     refused(good, "is no ControlNet for this model: .* of another shape", model(replace(SD1, context_width=40)))
@@ -145,9 +146,12 @@ def test_what_is_refused_is_named(tmp_path: Path) -> None:
     save_file(theirs, folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text("{}")
     assert read_control(folder, target).config == SD1
-    (folder / "config.json").write_text(json.dumps({"global_pool_conditions": True}))
-    with pytest.raises(InputError, match="has global_pool_conditions True, and only False is run"):
-        read_control(folder, target)
+    for field, value in (("global_pool_conditions", "yes"), ("controlnet_conditioning_channel_order", "gbr")):
+        (folder / "config.json").write_text(json.dumps({field: value}))
+        with pytest.raises(InputError, match=f"{value}.*; neither is run"):
+            read_control(folder, target)
+    for name, kind in (("lllite_unet_down.weight", "ControlNet-LLLite"), ("adapter.body.0.weight", "T2I-Adapter")):
+        refused({name: torch.zeros(1)}, f"is no ControlNet: .*; it seems to be a {kind}, which is not run")
 
 
 def test_it_takes_the_latent_alone_and_the_type_of_its_model(tmp_path: Path) -> None:

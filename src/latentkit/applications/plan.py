@@ -158,10 +158,10 @@ def _controlled(network: LatentDiffusion, request: Request, count: int) -> tuple
         pixels = (covered(pixels, HINT_CELL * height, HINT_CELL * width) + 1) / 2
         hints[name] = pixels.expand(count, -1, -1, -1).to(network.first_stage.latent_mean.device)
         terms = more[0] if more else Terms()
-        if terms.guess or net.pooled:
+        if terms.guess or terms.pooled or net.pooled:
             hints[name + ROWS] = torch.ones(count, dtype=torch.bool, device=hints[name].device)
         kind = kind_number(terms.kind) if terms.kind else 0
-        controls.append(Control(net, name, weight, terms.guess, kind, *_interval(sigmas, terms)))
+        controls.append(Control(net, name, weight, terms.guess, terms.pooled, kind, *_interval(sigmas, terms)))
     return controls, Conditioning(extras=hints)
 
 

@@ -62,6 +62,8 @@ class Terms(BaseModel):
     """It works in the steps that lie wholly between these shares of all steps."""
     guess: bool = False
     """Where guidance leads to alone, its upper residuals counting for less: for hints without words."""
+    pooled: bool = False
+    """It adds the mean over the picture, as a shuffle ControlNet does whose file does not say so."""
     kind: str | None = Field(default=None, max_length=100)
     """Of the hint, for a ControlNet of several kinds: a name in `nets.controlnet.KINDS`, or a number."""
 

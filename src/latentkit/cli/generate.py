@@ -102,7 +102,8 @@ def generate(
         list[str] | None,
         typer.Option(
             help="FILE:HINT.png or FILE:HINT.png:WEIGHT, a ControlNet, and behind it if wanted :start=0.1 :end=0.6 "
-            "(shares of the steps), :guess (without words), :kind=canny (a union's kind of hint); repeatable."
+            "(shares of the steps), :guess (without words), :kind=canny (a union's kind of hint), :pooled (shuffle); "
+            "repeatable."
         ),
     ] = None,
     backend: Annotated[
@@ -240,10 +241,10 @@ def _control(text: str) -> list[object]:
     from latentkit.applications.attachment import Attachment, WeightsFile
 
     parts, terms = text.split(":"), dict[str, object]()
-    while len(parts) > 1 and parts[-1].partition("=")[0] in ("start", "end", "guess", "kind"):
+    while len(parts) > 1 and parts[-1].partition("=")[0] in ("start", "end", "guess", "pooled", "kind"):
         name, _, value = parts.pop().partition("=")
         try:
-            terms[name] = float(value) if name in ("start", "end") else True if name == "guess" else value
+            terms[name] = float(value) if name in ("start", "end") else value if name == "kind" else True
         except ValueError:
             raise InputError(f"control {text!r} has {name} {value!r}, which is no number", exit_code=2) from None
     both, weight = _weighted(":".join(parts))

@@ -119,8 +119,9 @@ class ControlNet(nn.Module):
         half = descent(config)
         self.time_embedding, self.vector_embedding, self.class_embedding = half[:3]
         self.conv_in, self.down, self.middle = half.conv_in, half.down, half.middle
+        self.short = short
         if short:
-            self.middle.block_out = _Unchanged()  # type: ignore[assignment]
+            self.middle.block_in.transformer, self.middle.block_out = None, _Unchanged()  # type: ignore[assignment]
         self.fusion = Fusion(kinds, config.channels, half.embedding_width) if kinds else None
         first, *_, last = HINT_WIDTHS
         hint = [nn.Conv2d(hint_channels, first, 3, padding=1)]
@@ -185,6 +186,8 @@ class Control(NamedTuple):
     weight: float = 1.0
     guess: bool = False
     """The upper residuals count for less, as for hints that no words go with."""
+    pooled: bool = False
+    """As `ControlNet.pooled`, where its file does not say so."""
     kind: int = 0
     """Of the hint, for a union."""
     low: float = 0.0
@@ -227,10 +230,10 @@ def residuals(
             else:
                 weight = 1.0
             answers = network(latent, time, pictures, *slots, kinds, x.new_tensor([weights]).expand(count, -1))
-        last = len(answers) - 1
-        grown = [FAINTEST ** (1 - place / last) if guess and not network.pooled else 1.0 for place in range(last + 1)]
+        last, pooled = len(answers) - 1, network.pooled or group[0].pooled
+        grown = [FAINTEST ** (1 - place / last) if guess and not pooled else 1.0 for place in range(last + 1)]
         answers = [weight * share * answer for share, answer in zip(grown, answers)]
-        if network.pooled:
+        if pooled:
             answers = [answer.mean((2, 3), keepdim=True).expand_as(answer) for answer in answers]
         if rows is not None:
             answers = [answer.new_zeros(len(rows), *answer.shape[1:]).index_put((rows,), answer) for answer in answers]

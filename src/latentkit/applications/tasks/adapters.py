@@ -9,13 +9,14 @@ from torch import Tensor
 
 from latentkit.applications.attachment import WeightsFile
 from latentkit.applications.request import Request, known
-from latentkit.checkpoints.adapters.controlnet_names import read_control
+from latentkit.checkpoints.adapters.control_files import read_control
 from latentkit.checkpoints.adapters.inversions import Inversion, read_inversion
 from latentkit.checkpoints.adapters.lora_files import read_lora
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import ClipConditioner, mentions
 from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.nets.controlnet import kind_number
 from latentkit.nets.lora import Adapted
 
 
@@ -56,9 +57,22 @@ def opened(request: Request, network: LatentDiffusion, held: dict[str, Any]) -> 
             update[field] = tuple(
                 (WeightsFile(file.digest, file.path, held[file.digest]), *rest) for file, *rest in entries
             )
+    _check_kinds(update.get("control", ()))
     if "embedding" in update:
         update["embedding"] = tuple((file, name or known(file.content).name) for file, name in update["embedding"])
     return request.model_copy(update=update)
+
+
+def _check_kinds(entries: tuple[Any, ...]) -> None:
+    """A ControlNet of several kinds of hint is told which; others are not."""
+    for file, _, _, *terms in entries:
+        kind, fusion = terms[0].kind if terms else None, known(file.content).fusion
+        count = 0 if fusion is None else len(fusion.kinds)
+        if kind is None and count:
+            raise InputError(f"this ControlNet takes hints of {count} kinds; say which, as in :kind=canny", exit_code=2)
+        if kind is not None and kind_number(kind) >= count:
+            got = f"kind {kind!r} is number {kind_number(kind)}, and this ControlNet has {count or 'no'} kinds"
+            raise InputError(f"hint {got}", exit_code=2)
 
 
 def knowing(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:
