@@ -170,7 +170,7 @@ def test_ids_that_the_encoder_has_not_are_refused(ids: list[int]) -> None:
 
 
 def test_captions_without_a_vocabulary_are_refused() -> None:
-    with pytest.raises(InputError, match=r"give it BERT's \(vocab\.txt\)"):
+    with pytest.raises(InputError, match=r"lay BERT's \(vocab\.txt\)"):
         BertConditioner(BERT)(["red heart"])
     with pytest.raises(InputError, match="the tokenizer has 8 tokens, the encoder 5"):
         BertConditioner(replace(BERT, vocabulary=5), PIECES_AND)

@@ -17,6 +17,7 @@ from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed
 from latentkit.checkpoints.names.tower_names import modern, single_file_pairs, unused
 from latentkit.checkpoints.storage.archive import Archive, read_archive
 from latentkit.checkpoints.storage.tensors import write_tensors
+from latentkit.checkpoints.storage.vocabulary import has_bert, read_bert
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 
@@ -67,6 +68,8 @@ def single_pairs(model: LatentDiffusion) -> list[Pair]:
         )
     if model.first_stage.autoencoder is None:
         raise InputError("the CompVis layout holds no diffusion on pixels; this model has no autoencoder")
+    if model.architecture.consistency is not None:
+        raise InputError("the CompVis layout holds no latent consistency model; diffusers' and our own do")
     return [
         *prefixed(unet_pairs(model.denoiser.unet), UNET, OUR_UNET),
         *prefixed(autoencoder_pairs(model.first_stage.autoencoder), FIRST_STAGE, OUR_FIRST_STAGE),
@@ -80,11 +83,12 @@ def _averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[average] for name, average in names.items()} if set(names.values()) <= tensors.keys() else {}
 
 
-def match(archive: Archive, what: str, averaged: bool | None = None) -> Match:
+def match(archive: Archive, what: str, averaged: bool | None = None, folder: Path | None = None) -> Match:
     """What the archive holds, and every tensor of it accounted for.
 
     `averaged` takes the U-Net's averaged weights; None: as the released code did, for the 2021 models where they are
-    there, and not for Stable Diffusion. Errors: InputError where the kind of model cannot be known.
+    there, and not for Stable Diffusion. `folder` may hold the vocabulary of a model with BERT's (see `read_bert`),
+    which is in no such file. Errors: InputError where the kind of model cannot be known.
     """
     tensors = {modern(name, TEXT_ROOT): tensor for name, tensor in archive.tensors.items()}
     found = single_file(archive._replace(tensors=tensors), what)
@@ -96,6 +100,8 @@ def match(archive: Archive, what: str, averaged: bool | None = None) -> Match:
     rows = tensors.get("cond_stage_model.embedding.weight")
     if found.architecture.label and rows is not None and "label" not in state:
         state["label"] = {"classes": [str(n) for n in range(len(rows) - found.architecture.label.null)]}
+    if found.architecture.bert and not state.get("text", {}).get("tokenizer") and folder and has_bert(folder):
+        state["text"] = {"tokenizer": read_bert(folder)}
     model = built(found.architecture, state, what)
     pairs = single_pairs(model)
     buffers = dict(model.named_buffers())
@@ -147,7 +153,7 @@ def read_single(
 
     `averaged`: see `match`. Errors: InputError names every tensor that is missing, left over or wrong.
     """
-    matched = match(read_archive(Path(path)), str(path), averaged)
+    matched = match(read_archive(Path(path)), str(path), averaged, Path(path).parent)
     matched.complaints.refuse(str(path))
     return filled(matched.model, matched.state, torch.device(device), dtype), matched.found
 

@@ -10,6 +10,7 @@ from latentkit.model.conditioners.tokenizer import END, START, byte_pairs, clip_
 
 MOST_BYTES = 1 << 26
 ALL = "tokenizer.json"
+BERT = (ALL, "vocab.txt")
 
 
 class Vocabulary(NamedTuple):
@@ -100,13 +101,17 @@ def write_clip(folder: Path, vocabulary: Vocabulary, length: int) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
+def has_bert(folder: Path) -> bool:
+    """Whether a folder has a file that `read_bert` takes."""
+    return any((folder / name).is_file() for name in BERT)
+
+
 def read_bert(path: Path) -> str:
     """JSON text of BERT's tokenizer from its vocabulary: `vocab.txt`, a `tokenizer.json`, or a folder with either."""
     if path.is_dir():
-        found = next((path / name for name in (ALL, "vocab.txt") if (path / name).is_file()), None)
-        if found is None:
+        if not has_bert(path):
             raise InputError(f"folder {path} holds neither {ALL} nor vocab.txt", exit_code=2)
-        path = found
+        path = next(path / name for name in BERT if (path / name).is_file())
     text = _text(path)
     if path.suffix == ".json":
         return str(from_json(text).to_str())

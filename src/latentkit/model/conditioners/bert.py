@@ -15,7 +15,7 @@ from latentkit.nets.towers import BertText, BertTextConfig
 class BertConditioner(nn.Module):
     """Captions (the absent one is empty) or rows of ids to the context slot.
 
-    `tokenizer` is JSON text; its vocabulary comes with the model. None: the model takes ids alone (layout to image).
+    `tokenizer` is JSON text. None: the model takes ids alone.
     """
 
     def __init__(self, config: BertTextConfig, tokenizer: str | None = None) -> None:
@@ -53,7 +53,7 @@ class BertConditioner(nn.Module):
             return list(value)
         if self._tokenizer is None:
             raise InputError(
-                "this model has no vocabulary for captions: give it BERT's (vocab.txt) when it is read", exit_code=2
+                "this model has no vocabulary for captions: lay BERT's (vocab.txt) beside its file", exit_code=2
             )
         return list(self._tokenizer.encode(value).ids)
 

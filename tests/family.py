@@ -8,6 +8,7 @@ from latentkit.diffusion.noise import keyed_normal
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.label import LabelConfig
+from latentkit.model.conditioners.map import MapConfig
 from latentkit.model.conditioners.numbers import NumbersConfig
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 from latentkit.nets.autoencoder import AutoencoderConfig
@@ -57,6 +58,18 @@ ARCHITECTURES = {
     "classes": Architecture(
         replace(UNET, channels_in=3, channels_out=3, heads=1, context_width=24),
         label=LabelConfig(24, vector=False),
+        **(COMMON | {"first_stage": VQ}),  # type: ignore[arg-type]
+    ),
+    "semantic": Architecture(
+        UNetConfig(
+            channels_in=6, channels_out=3, channels=32, multipliers=(1, 2), blocks=1, depth=(0, 0), plain_attention=True
+        ),
+        map=MapConfig(7, 3, 2),
+        **(COMMON | {"first_stage": VQ}),  # type: ignore[arg-type]
+    ),
+    "layout": Architecture(
+        replace(UNET, channels_in=3, channels_out=3, heads=1, context_width=24),
+        layout=BertTextConfig(40, 14, 24, 2, 2, 8),
         **(COMMON | {"first_stage": VQ}),  # type: ignore[arg-type]
     ),
     "text of 2021": Architecture(
