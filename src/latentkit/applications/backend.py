@@ -38,7 +38,7 @@ FORMAT = 1
 ROOM = 32 << 30
 """Bytes that are kept: of more, conversions that were used longest ago are deleted."""
 TRACED = 16
-"""Rows that a network is traced on, where its input divides by it: the answer is thrown away."""
+"""Rows and columns that a network is traced on, where its input divides by them: the answer is thrown away."""
 
 Form = tuple[tuple[str, int | None], ...]
 """How a network is called: each argument with the length of its list (None: one tensor; 0: a flag that is on)."""
@@ -145,7 +145,7 @@ class Converted:
             raise InputError("backend 'openvino' gives no gradient, which this guidance needs; take backend 'torch'")
         kept = self._kept = self._kept or _kept(self.network)
         if form not in kept.models:
-            kept.models[form] = _Compiled(self._file(kept, form, tensors), "bf16" if kept.half and _bf16() else "f32")
+            kept.models[form] = _Compiled(self._model(kept, form, tensors), "bf16" if kept.half and _bf16() else "f32")
         rows = [(x.float() if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
         answers = [torch.from_numpy(answer).to(tensors[0].dtype) for answer in kept.models[form](rows)]
         return answers[0] if len(answers) == 1 else answers
@@ -170,32 +170,34 @@ class Converted:
                 form.append((name, 0))
         return tuple(form), tensors
 
-    def _file(self, kept: "_Kept", form: Form, tensors: list[Tensor]) -> Path:
-        """The conversion for one way of calling, made if there is none."""
+    def _model(self, kept: "_Kept", form: Form, tensors: list[Tensor]) -> Any:
+        """The conversion for one way of calling, made if there is none; its weights stay in the file."""
         about = [FORMAT, version(), type(self.network).__name__, repr(self.shape), form, kept.digest]
-        key = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        path = cache_folder() / f"{key}.xml"
+        path = cache_folder() / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.xml"
         try:
-            _core().read_model(path)
-            for file in (path, path.with_suffix(".bin")):
-                os.utime(file)
+            model = _core().read_model(path)
+            os.utime(path.with_suffix(".bin"))
         except (RuntimeError, OSError):
             logging.getLogger("latentkit").info("a %s is converted for OpenVINO, once", type(self.network).__name__)
             _write(path, self._traced(form, tensors), kept.half)
+            model = _core().read_model(path)
         if self.anew is not None:
             self.network.to("meta", kept.dtype)
-        return path
+        return model
 
     def _traced(self, form: Form, tensors: list[Tensor]) -> Any:
         """OpenVINO's model of the network, for inputs of any size; traced in float32, where all ways are plain ones."""
-        factor = max(1, tensors[0].shape[2] // TRACED if tensors[0].shape[2] % TRACED == 0 else 1)
-        wide = max(1, tensors[0].shape[3] // TRACED if tensors[0].shape[3] % TRACED == 0 else 1)
+        openvino = _openvino()
+        from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+        factors = [side // TRACED if side % TRACED == 0 else 1 for side in tensors[0].shape[2:]]
         with _own_forward(self.network), torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the tracer: that sizes are taken as they are, where they are fixed
             example = []
             for tensor in tensors:
                 if tensor.ndim == 4:
-                    tensor = tensor[..., : max(1, tensor.shape[2] // factor), : max(1, tensor.shape[3] // wide)]
+                    h, w = (max(1, side // factor) for side, factor in zip(tensor.shape[2:], factors))
+                    tensor = tensor[..., :h, :w]
                 example.append(tensor.float() if tensor.is_floating_point() else tensor.clone())
             network = self.network
             if self.anew is not None:
@@ -203,9 +205,11 @@ class Converted:
             elif _dtype(network) != torch.float32:
                 network = copy.deepcopy(network, {id(p): nn.Parameter(p.float(), False) for p in network.parameters()})
             try:
-                return _openvino().convert_model(_Called(network, form), example_input=tuple(example))
+                called = {"example_input": tuple(example), "trace_kwargs": {"check_trace": False}}
+                return openvino.convert_model(TorchScriptPythonDecoder(_Called(network, form), **called))
             except Exception as error:
-                why = (str(error).strip().splitlines() or [type(error).__name__])[-1][:200]
+                cause = error.__cause__ or error
+                why = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
                 what = f"this model's {type(network).__name__} cannot be converted for OpenVINO ({why})"
                 raise InputError(f"{what}; take backend 'torch'") from error
 
@@ -226,31 +230,29 @@ class _Called(nn.Module):
 
 
 class _Compiled:
-    """A conversion in memory: compiled for the shapes that it is first called with, and for all once others come.
+    """A conversion in memory, compiled for the shapes that it was last called with.
 
-    The first is faster, and each compiled form holds the weights.
+    Compiled for any shape it is slower, and what it answers would hang on what was asked before.
     """
 
-    def __init__(self, path: Path, precision: str) -> None:
-        self.path, self.precision = path, precision
-        self.shapes: list[tuple[int, ...]] | None = []
+    def __init__(self, model: Any, precision: str) -> None:
+        self.model, self.precision = model, precision
+        self.shapes: list[tuple[int, ...]] = []
         self.compiled: Any = None
 
     def __call__(self, rows: list[np.ndarray]) -> list[np.ndarray]:
         shapes = [row.shape for row in rows]
-        if self.compiled is None or self.shapes not in (None, shapes):
-            self.shapes = shapes if self.compiled is None else None
-            self.compiled = None
-            model = _core().read_model(self.path)
-            if self.shapes is not None:
-                model.reshape({place: list(shape) for place, shape in zip(model.inputs, shapes, strict=True)})
+        if self.shapes != shapes:
+            self.compiled = None  # before another one holds the weights
+            model = self.model.clone()
+            model.reshape({place: list(shape) for place, shape in zip(model.inputs, shapes, strict=True)})
             options = {
                 "INFERENCE_PRECISION_HINT": self.precision,
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
                 "PERFORMANCE_HINT": "LATENCY",
                 "ENABLE_CPU_PINNING": False,
             }
-            self.compiled = _core().compile_model(model, "CPU", options)
+            self.compiled, self.shapes = _core().compile_model(model, "CPU", options), shapes
         return [np.array(answer) for answer in self.compiled(rows, share_inputs=True).to_tuple()]
 
 
@@ -321,6 +323,8 @@ def _write(path: Path, model: Any, half: bool) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _openvino().save_model(model, partial, compress_to_fp16=half)
         for made, wanted in pairs:
+            with open(made, "rb+") as written:
+                os.fsync(written.fileno())
             os.replace(made, wanted)
     except (OSError, RuntimeError) as error:
         what = f"the conversion for OpenVINO could not be written to {path.parent}: {error}"
