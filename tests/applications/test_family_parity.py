@@ -26,6 +26,8 @@ from safetensors.torch import save_file
 import latentkit
 from latentkit.applications import plan
 from latentkit.applications.attachment import Attachment, Guide, WeightsFile
+from latentkit.checkpoints.diffusers_folder import write_folder
+from latentkit.diffusion import noise
 
 pytestmark = pytest.mark.parity
 EULER = (
@@ -33,8 +35,13 @@ EULER = (
     {"timestep_spacing": "leading"},
     {"sampler": "euler", "spacing": "leading:offset=1"},
 )
-FIELDS = {"seed": SEED, "steps": STEPS, "guidance_scale": SCALE, "prompt": PROMPT, "negative": NEGATIVE}
-ASKED = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "negative_prompt": NEGATIVE, "prompt": PROMPT}
+FIELDS: dict[str, Any] = {"seed": SEED, "steps": STEPS, "guidance_scale": SCALE, "prompt": PROMPT, "negative": NEGATIVE}
+ASKED: dict[str, Any] = {
+    "num_inference_steps": STEPS,
+    "guidance_scale": SCALE,
+    "negative_prompt": NEGATIVE,
+    "prompt": PROMPT,
+}
 
 
 def saved(pipe: Any, folder: Path) -> latentkit.Model:
@@ -53,13 +60,14 @@ def xl(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, latentkit.Model]:
 @pytest.fixture(scope="module")
 def refiner(xl: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, latentkit.Model]:
     """XL's refiner: the second text tower alone, a score in the place of the size drawn, the base's first stage."""
-    import diffusers
+    import diffusers as untyped
 
+    diffusers: Any = untyped
     folder = tmp_path_factory.mktemp("refiner")
     torch.manual_seed(2)
     other = pipeline("XL", folder, cross_attention_dim=32, projection_class_embeddings_input_dim=5 * 8 + 24)
     parts = {**other.components, "vae": xl[0].vae, "text_encoder": None, "tokenizer": None}
-    image_to_image: Any = diffusers.StableDiffusionXLImg2ImgPipeline
+    image_to_image = diffusers.StableDiffusionXLImg2ImgPipeline
     pipe = image_to_image(**parts, requires_aesthetics_score=True, add_watermarker=False)
     pipe.unet.add_embedding.linear_1.weight.data *= 10  # a score is two waves of 64: it must have a say
     return pipe, saved(pipe, folder)
@@ -75,7 +83,7 @@ def sd1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, latentkit.Model]
 def test_sizes_and_crops_are_told(xl: tuple[Any, latentkit.Model]) -> None:
     pipe, model = xl
     fields = FIELDS | scheduler(pipe, "DDIM")
-    told = {"original_size": (96, 32), "crop": (5, 16), "target_size": (80, 48)}
+    told: dict[str, Any] = {"original_size": (96, 32), "crop": (5, 16), "target_size": (80, 48)}
     there = {"original_size": (32, 96), "crops_coords_top_left": (16, 5), "target_size": (48, 80)}
     there |= {"negative_original_size": (32, 96), "negative_crops_coords_top_left": (16, 5)}
     mine = ours(model, latentkit.TextToImage(**fields, **told))
@@ -91,7 +99,7 @@ def test_a_refiner_takes_over(kind: str, switch: float, xl: Any, refiner: Any, m
     (pipe, model), (other, refining) = xl, refiner
     fields = FIELDS | scheduler(pipe, kind)
     scheduler(other, kind)
-    given = {"refiner": Guide("1" * 64, refining), "refiner_switch": switch, "aesthetic_score": 7.5}
+    given: dict[str, Any] = {"refiner": Guide("1" * 64, refining), "refiner_switch": switch, "aesthetic_score": 7.5}
     mine = ours(model, latentkit.TextToImage(**fields, **given, negative_aesthetic_score=1.0))
     started = theirs(pipe, **ASKED, denoising_end=switch, height=SIZE, width=SIZE)[0]
     told = {"aesthetic_score": 7.5, "negative_aesthetic_score": 1.0}
@@ -131,7 +139,7 @@ def test_clip_skip(family: str, request: pytest.FixtureRequest) -> None:
         found = pipe.encode_prompt(
             NEGATIVE, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False, clip_skip=1
         )
-    given = {"negative_prompt_embeds": found[0], "clip_skip": 1, "height": SIZE, "width": SIZE}
+    given: dict[str, Any] = {"negative_prompt_embeds": found[0], "clip_skip": 1, "height": SIZE, "width": SIZE}
     if family == "xl":
         given["negative_pooled_prompt_embeds"] = found[2]
     asked = {name: value for name, value in ASKED.items() if name != "negative_prompt"}
@@ -176,7 +184,7 @@ def seeing(projection: int) -> dict[str, Any]:
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=28, patch_size=14,
         projection_dim=projection, hidden_act="gelu",
     )  # fmt: skip
-    size = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    size: dict[str, Any] = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
     return {
         "image_encoder": transformers.CLIPVisionModelWithProjection(config),
         "feature_extractor": transformers.CLIPImageProcessor(**size),
@@ -185,15 +193,16 @@ def seeing(projection: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("level", [0, 600])
 def test_variations_by_unclip(level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import diffusers
+    import diffusers as untyped
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
+    diffusers: Any = untyped
     more = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 2 * 16}
     parts = pipeline("SD 1", tmp_path, **more).components
     normaliser: Any = StableUnCLIPImageNormalizer(16)
     normaliser.mean.data, normaliser.std.data = torch.randn(1, 16), torch.rand(1, 16) + 0.5
     kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")}
-    unclip: Any = diffusers.StableUnCLIPImg2ImgPipeline
+    unclip = diffusers.StableUnCLIPImg2ImgPipeline
     pipe = unclip(
         **kept, **seeing(16), image_normalizer=normaliser,
         image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
@@ -204,7 +213,7 @@ def test_variations_by_unclip(level: int, tmp_path: Path, monkeypatch: pytest.Mo
     image = picture(tmp_path / "seen.png", 28)
     start = torch.randn((1, 4, SIZE // 2, SIZE // 2), generator=torch.Generator("cpu").manual_seed(SEED))
     fields = FIELDS | scheduler(pipe, "DDIM")
-    given = {"variation": Attachment.read(tmp_path / "seen.png"), "noise_level": level or None}
+    given: dict[str, Any] = {"variation": Attachment.read(tmp_path / "seen.png"), "noise_level": level or None}
     mine = ours(model, latentkit.Request(**fields, **given))
     agree(mine, theirs(pipe, **ASKED, image=image, noise_level=level, latents=start))
     plain, _ = ours(model, latentkit.Request(**fields))
@@ -213,14 +222,65 @@ def test_variations_by_unclip(level: int, tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_image_variations(tmp_path: Path) -> None:
     """The model that is told the picture as its one token, and no words."""
-    import diffusers
+    import diffusers as untyped
 
+    diffusers: Any = untyped
     parts = pipeline("SD 1", tmp_path).components
     kept = {name: parts[name] for name in ("vae", "unet", "scheduler")}
-    kind: Any = diffusers.StableDiffusionImageVariationPipeline
+    kind = diffusers.StableDiffusionImageVariationPipeline
     pipe = kind(**kept, **seeing(32), safety_checker=None, requires_safety_checker=False)
     model = saved(pipe, tmp_path)
     image = picture(tmp_path / "seen.png", 28)
     fields = {**FIELDS, **scheduler(pipe, "DDIM"), "prompt": None, "negative": ""}
     mine = ours(model, latentkit.Request(**fields, variation=Attachment.read(tmp_path / "seen.png")))
     agree(mine, theirs(pipe, image=image, num_inference_steps=STEPS, guidance_scale=SCALE))
+
+
+@pytest.mark.parametrize("family", ["SD 1", "XL"])
+def test_latent_consistency(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model told its guidance scale, in the four steps that it is made for; ours draws the peer's noise."""
+    import diffusers as untyped
+
+    diffusers: Any = untyped
+    parts = pipeline(family, tmp_path, time_cond_proj_dim=10).components
+    lcm = diffusers.LCMScheduler(timestep_scaling=0.01)  # at the released 10.0 the boundary hardly shows
+    if family == "SD 1":
+        kept = {name: parts[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}
+        kind = diffusers.LatentConsistencyModelPipeline
+        pipe = kind(**kept, scheduler=lcm, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    else:
+        kind = diffusers.StableDiffusionXLPipeline
+        pipe = kind(**{**parts, "scheduler": lcm}, add_watermarker=False)
+    model = saved(pipe, tmp_path)
+    consistent = model.network.architecture.consistency
+    assert consistent is not None
+    assert (consistent.scale, consistent.guidance_width) == (0.01, 10)
+    stream = torch.Generator("cpu").manual_seed(SEED)
+    drawn = [torch.randn((1, 4, SIZE // 2, SIZE // 2), generator=stream) for _ in range(4)]
+    monkeypatch.setattr(noise.PictureNoise, "step", lambda self, step, purpose="step": drawn[step + 1])
+    asked = latentkit.TextToImage(prompt=PROMPT, seed=SEED, guidance_scale=3.0)
+    mine = ours(model, asked)
+    there = {"num_inference_steps": 4, "guidance_scale": 3.0, "height": SIZE, "width": SIZE}
+    agree(mine, theirs(pipe, prompt=PROMPT, **there))
+    for changed in ({"guidance_scale": 6.0}, {"steps": 3}):
+        other, _ = ours(model, asked.model_copy(update=changed))
+        assert (mine[0] - other).abs().max() / other.std() > 1e-3, changed
+    write_folder(tmp_path / "ours", model.network)
+    again: Any = type(pipe).from_pretrained(tmp_path / "ours")
+    again.set_progress_bar_config(disable=True)
+    agree(mine, theirs(again, prompt=PROMPT, **there))
+
+
+def test_a_consistency_lora_on_a_plain_model(sd1: tuple[Any, latentkit.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sampler and the spacing are what a person chooses beside such a LoRA; the boundary there is below 1e-5."""
+    import diffusers as untyped
+
+    diffusers: Any = untyped
+    pipe, model = sd1
+    pipe.scheduler = diffusers.LCMScheduler()
+    stream = torch.Generator("cpu").manual_seed(SEED)
+    drawn = [torch.randn((1, 4, SIZE // 2, SIZE // 2), generator=stream) for _ in range(4)]
+    monkeypatch.setattr(noise.PictureNoise, "step", lambda self, step, purpose="step": drawn[step + 1])
+    fields = {**FIELDS, "sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance_scale": 1.5}
+    there = {**ASKED, "num_inference_steps": 4, "guidance_scale": 1.5, "height": SIZE, "width": SIZE}
+    agree(ours(model, latentkit.TextToImage(**fields)), theirs(pipe, **there))

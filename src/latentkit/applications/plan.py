@@ -22,6 +22,7 @@ from latentkit.diffusion.spacing import space
 from latentkit.model.conditioners.image import ImagePrompt
 from latentkit.model.conditioners.prompt import Prompt
 from latentkit.model.conditioning import Conditioning, merge
+from latentkit.model.denoiser import GUIDANCE
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.controlnet import HINT_CELL, ROWS, Control, kind_number
 
@@ -119,7 +120,7 @@ def guided(
     first, count = requests[0], len(requests)
     controls, hints = _controlled(network, first, count)
     bind = partial(network.denoiser.bind, controls=controls)
-    always = merge([beside or Conditioning(), _depths(network, requests), hints])
+    always = merge([beside or Conditioning(), _depths(network, requests), _strength(network, first, count), hints])
     asked = _told(network, requests)
     told = [merge([network.condition(asked, count), always])]
     for words, _ in first.also or ():
@@ -128,7 +129,7 @@ def guided(
         told.append(merge([network.condition(more, count), always]))
     alone = bind(told[0])
     path = sigmas_of(network, first) if path is None else path
-    steered = first.guidance_scale != 1 or first.guidance_kind == "cfg++"
+    steered = (first.guidance_scale != 1 or first.guidance_kind == "cfg++") and not network.architecture.distilled
     pair = guidance.itself(alone)
     if first.also or (steered and first.guidance_model is None):
         weights = (1.0, *(weight for _, weight in first.also or ()))
@@ -145,6 +146,14 @@ def guided(
     if first.threshold is None:
         return denoise
     return guidance.thresholded(denoise, first.threshold, network.first_stage.decode, network.first_stage.encode)
+
+
+def _strength(network: LatentDiffusion, request: Request, count: int) -> Conditioning:
+    """The guidance scale, for a model that is told it."""
+    if not network.architecture.distilled:
+        return Conditioning()
+    device = network.first_stage.latent_mean.device
+    return Conditioning(extras={GUIDANCE: torch.full((count,), known(request.guidance_scale), device=device)})
 
 
 def _controlled(network: LatentDiffusion, request: Request, count: int) -> tuple[list[Control], Conditioning]:

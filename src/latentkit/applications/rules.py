@@ -54,6 +54,8 @@ NOISE_LEVEL = 20
 """Of the noise on the small picture, where none is asked for (the released upscaler's)."""
 VARIED_LEVEL = 0
 """Of the noise on what a variation is told of its picture, where none is asked for (the released model's)."""
+CONSISTENT = {"sampler": "lcm", "spacing": "lcm", "steps": 4, "guidance_scale": 8.5}
+"""Sampling settings of latent consistency models whose file names none (their pipeline's)."""
 REFINED = ("text-to-image", "image-to-image", "class-to-image", "unconditional")
 """Tasks whose last steps a refiner may do."""
 REFINER_SWITCH = 0.8
@@ -74,7 +76,10 @@ def resolve(request: Request, network: LatentDiffusion, defaults: dict[str, Any]
     except ValidationError as error:
         raise invalid(error, "the model's sampling defaults", FALLBACK) from None
     height, width = network.architecture.size
-    open_fields = {**FALLBACK, "height": height, "width": width, "seed": secrets.randbelow(2**32)}
+    usual = FALLBACK
+    if network.architecture.consistency is not None:
+        usual = FALLBACK | CONSISTENT | ({} if network.architecture.distilled else {"guidance_scale": 1.0})
+    open_fields = {**usual, "height": height, "width": width, "seed": secrets.randbelow(2**32)}
     if not _led(network) and request.guidance_model is None:
         open_fields["guidance_scale"] = 1.0
     open_fields |= {name: suggested[name] for name in FALLBACK if name in suggested}
@@ -277,6 +282,20 @@ def _check_guidance(request: Request, network: LatentDiffusion) -> None:
             "or give a guidance model",
             exit_code=2,
         )
+    if network.architecture.distilled:
+        low, high = known(request.guidance_low), known(request.guidance_high)
+        interval = (low, high) != (FALLBACK["guidance_low"], FALLBACK["guidance_high"])
+        idle = {"a negative prompt": request.negative, "a guidance model": guide, "guidance kind": kind}
+        for what, given in {
+            **idle,
+            "guidance rescale": request.guidance_rescale,
+            "a guidance interval": interval,
+        }.items():
+            if given:
+                raise InputError(
+                    f"{what} has no effect: this model was distilled with its guidance, and is told the scale alone",
+                    exit_code=2,
+                )
     if kind == "cfg++" and scale > 1:
         raise InputError(f"guidance scale {scale} is asked for with cfg++, whose scales are 0 to 1", exit_code=2)
     if scale == 1 and kind != "cfg++":

@@ -28,7 +28,7 @@ from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.image import ImageConfig
 from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS, NumbersConfig
-from latentkit.model.denoiser import PredictionName
+from latentkit.model.denoiser import ConsistencyConfig, PredictionName
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 from latentkit.nets.unet import UNetConfig
 
@@ -52,6 +52,9 @@ LEFT = {
 """Parts of any class: they are left aside, or read as numbers."""
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
+LEFT_EMPTY = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline")
+"""Pipelines whose safety checker is left out."""
+LCM = "LCMScheduler"
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -89,6 +92,7 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
     cells = cells if isinstance(cells, int) else cells[0]
     size = cells * first_stage.downsampling
     schedule, prediction = _schedule(path / "scheduler" / "scheduler_config.json")
+    consistency = _consistency(path, unet_json_.get("time_cond_proj_dim"))
     absent = "zero" if index.get("force_zeros_for_empty_prompt") and len(towers) > 1 else "empty"
     clip = ClipConfig(tuple(towers), absent=absent) if towers else None  # type: ignore[arg-type]
     image = None
@@ -103,6 +107,7 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
         size=(size, size),
         schedule=schedule,
         prediction=prediction,
+        consistency=consistency,
         clip=clip,
         numbers=_numbers(network, place, clip, unet_json_.get("addition_time_embed_dim"), size),
         image=image,
@@ -152,8 +157,11 @@ def _pairs(model: LatentDiffusion, place: str, coder: str = "vae") -> dict[str, 
     """Every parameter beside its name, by sub-folder; InputError for what the layout cannot hold."""
     if model.first_stage.autoencoder is None:
         raise InputError("the diffusers layout holds no diffusion on pixels; this model has no autoencoder")
+    unet = prefixed(diffusers_names.unet_pairs(model.denoiser.unet, place), "", OUR_UNET)
+    if model.architecture.distilled:
+        unet.append(Pair("time_embedding.cond_proj.weight", ("denoiser.guidance_embedding.weight",)))
     return {
-        "unet": prefixed(diffusers_names.unet_pairs(model.denoiser.unet, place), "", OUR_UNET),
+        "unet": unet,
         coder: prefixed(diffusers_names.autoencoder_pairs(model.first_stage.autoencoder), "", OUR_FIRST_STAGE),
         **tower_names.folder_pairs(model.architecture),
     }
@@ -227,6 +235,20 @@ def _schedule(path: Path) -> tuple[NoiseSchedule, PredictionName]:
     return schedule, cast(PredictionName, prediction)
 
 
+def _consistency(path: Path, width: Any) -> ConsistencyConfig | None:
+    """What makes it a latent consistency model: its scheduler, or that its U-Net is told a guidance scale."""
+    values = read_json(path / "scheduler" / "scheduler_config.json")
+    told = values.get("_class_name") == LCM
+    if not told and width is None:
+        return None
+    scale = values.get("timestep_scaling", 10.0) if told else 10.0
+    if not isinstance(scale, int | float) or not 0 < scale < 1e6:
+        raise InputError(f"{path}: timestep_scaling is {scale!r}; give a number above 0")
+    if width is not None and (type(width) is not int or not 4 <= width <= 1 << 16):
+        raise InputError(f"{path}: time_cond_proj_dim is {str(width)[:80]!r}; give a whole number from 4 on")
+    return ConsistencyConfig(float(scale), width)
+
+
 def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
     """Write the model as a diffusers folder with every file that its pipelines ask for; `dtype` None: as it is.
 
@@ -247,6 +269,14 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
         coder: autoencoder_json(stage, architecture.size[0], scale),
         "scheduler": _scheduler_json(architecture),
     }
+    if (consistent := architecture.consistency) is not None:
+        configs["unet"]["time_cond_proj_dim"] = consistent.guidance_width
+        configs["scheduler"] |= {
+            "_class_name": LCM,
+            "original_inference_steps": 50,
+            "set_alpha_to_one": True,
+            "timestep_scaling": consistent.scale,
+        }
     pairs = _pairs(model, place, coder)
     towers = architecture.clip.towers if architecture.clip else ()
     ends = ["" if tower.projection is None else "_2" for tower in towers]
@@ -311,8 +341,10 @@ def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: l
     else:
         task = {5: "Inpaint", 1: "Depth2Img"}.get(concat, "")
         kind = f"StableDiffusion{'XL' if xl else ''}{task}Pipeline"
+        if architecture.distilled and kind == "StableDiffusionPipeline":
+            kind = "LatentConsistencyModelPipeline"
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": VERSION}
-    classes = {"scheduler": "DDIMScheduler"}
+    classes: dict[str, str] = {}
     for name, fields in configs.items():
         towers = "text_encoder" in name or name == "image_encoder"
         classes[name] = fields["architectures"][0] if towers else fields["_class_name"]
@@ -323,7 +355,7 @@ def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: l
         if len(clip.towers) == 1:
             index |= {"text_encoder": [None, None], "tokenizer": [None, None], "requires_aesthetics_score": True}
         index |= {"image_encoder": [None, None], "feature_extractor": [None, None]}
-    elif clip is not None and kind in ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"):
+    elif clip is not None and kind in LEFT_EMPTY:
         index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "image_encoder": [None, None]}
         index["requires_safety_checker"] = False
     return index

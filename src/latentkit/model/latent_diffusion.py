@@ -18,7 +18,7 @@ from latentkit.model.conditioners.map import MapConditioner, MapConfig
 from latentkit.model.conditioners.numbers import NumbersConditioner, NumbersConfig
 from latentkit.model.conditioners.text import TextConditioner
 from latentkit.model.conditioning import Conditioning, merge
-from latentkit.model.denoiser import Denoiser, PredictionName
+from latentkit.model.denoiser import ConsistencyConfig, Denoiser, PredictionName
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.towers import BertTextConfig, TextEncoderConfig
@@ -61,6 +61,7 @@ class Architecture:
     prediction: PredictionName = "flow"
     learned_variance: bool = False
     """The network says the variance of a step too (improved DDPM): its output has twice the latent's channels."""
+    consistency: ConsistencyConfig | None = None
     searched: tuple[tuple[float, ...], ...] = ()
     """Falling noise levels found on this model, one list for each number of steps: the spacing "searched"."""
     text: TextEncoderConfig | None = None
@@ -94,6 +95,11 @@ class Architecture:
     def beside(self) -> int:
         """All channels of the concat slot."""
         return self.concat_channels + (self.map.channels if self.map else 0)
+
+    @property
+    def distilled(self) -> bool:
+        """Guidance is inside of the network, which is told its scale."""
+        return self.consistency is not None and self.consistency.guidance_width is not None
 
     def towers(self) -> list[Any]:
         """The configs of the transformers in its conditioners; each has `layers`."""
@@ -133,7 +139,11 @@ class LatentDiffusion(nn.Module):
             parts[name] = make(config, **state.get(name, {}))
         self.conditioners = nn.ModuleDict(parts)
         self.denoiser = Denoiser(
-            architecture.network, architecture.schedule, architecture.prediction, architecture.learned_variance
+            architecture.network,
+            architecture.schedule,
+            architecture.prediction,
+            architecture.learned_variance,
+            architecture.consistency,
         )
 
     def conditioner(self, name: str) -> Conditioner:

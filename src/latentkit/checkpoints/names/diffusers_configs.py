@@ -33,7 +33,6 @@ UNET_FIXED: dict[str, Any] = {
     "num_attention_heads": None,
     "resnet_out_scale_factor": 1.0,
     "resnet_skip_time_act": False,
-    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None,
     "time_embedding_type": "positional",
     "timestep_post_act": None,
@@ -45,7 +44,8 @@ UNET_FREE = {
     "cross_attention_dim", "decay", "down_block_types", "downsample_type", "dropout", "in_channels",
     "inv_gamma", "layers_per_block", "mid_block_type", "min_decay", "num_class_embeds", "num_train_timesteps",
     "only_cross_attention", "optimization_step", "out_channels", "power", "projection_class_embeddings_input_dim",
-    "resnet_time_scale_shift", "reverse_transformer_layers_per_block", "sample_size", "time_embedding_dim",
+    "resnet_time_scale_shift", "reverse_transformer_layers_per_block", "sample_size", "time_cond_proj_dim",
+    "time_embedding_dim",
     "transformer_layers_per_block", "up_block_types", "upcast_attention", "update_after_step", "upsample_type",
     "use_ema_warmup", "use_linear_projection",
 }  # fmt: skip
