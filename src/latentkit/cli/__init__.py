@@ -37,6 +37,7 @@ def application() -> typer.Typer:
     from latentkit.cli.evaluate import app as evaluate
     from latentkit.cli.generate import generate
     from latentkit.cli.models import convert, diff, inspect
+    from latentkit.cli.paper import app as paper
     from latentkit.cli.reconstruct import reconstruct
     from latentkit.cli.replay import replay
     from latentkit.cli.report import report
@@ -51,6 +52,7 @@ def application() -> typer.Typer:
         app.command()(command)
     app.add_typer(data, name="data")
     app.add_typer(evaluate, name="evaluate")
+    app.add_typer(paper, name="paper")
     return app
 
 

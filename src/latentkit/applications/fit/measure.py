@@ -56,7 +56,7 @@ class Measured(BaseModel):
     seconds: float
     memory: int
     micro_batch: int | None = None
-    computed: float = 0.0
+    thread_seconds: float = 0.0
     save: float = 0.0
     decode: float = 0.0
     encode: float = 0.0
@@ -246,7 +246,7 @@ class _Timed(NamedTuple):
     """Seconds of a step, those that its threads computed, and bytes at most."""
 
     seconds: float
-    computed: float
+    thread_seconds: float
     memory: int
 
 

@@ -1,0 +1,168 @@
+"""The paper's table 8 in miniature: first stages of every downsampling, trained for equal time and compared."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from latentkit.applications.fit.measure import measure_autoencoder
+from latentkit.applications.paper.arms import Arm, Asked, Plan, data_recipe, left, load, planned, save, times
+from latentkit.applications.paper.table import Columns, Row, kept, markdown, write
+from latentkit.applications.pictures import open_data, write_sheet
+from latentkit.applications.stages.train import train
+from latentkit.checkpoints.files import RUN_MODEL, digest, load_autoencoder
+from latentkit.data.dataset import Pictures
+from latentkit.data.source import open_source, track
+from latentkit.errors import InputError
+from latentkit.evaluation.first_stage import measure
+from latentkit.evaluation.metrics.features import NETWORK
+from latentkit.evaluation.reconstruction import reconstruct
+from latentkit.training.recipe import AutoencoderRecipe, DataRecipe, parse_recipe
+from latentkit.training.run.progress import quiet, say
+
+COMMAND = "paper first-stages"
+CHANNELS = 32
+MULTIPLIERS = {2: (1,), 4: (1, 2), 8: (1, 2, 4), 16: (1, 2, 4, 4)}
+LATENTS = {"kl": {2: 2, 4: 3, 8: 4, 16: 16}, "vq": {2: 2, 4: 3, 8: 4, 16: 8}}
+"""Latent channels by bottleneck and downsampling, as in the paper's table 8."""
+CODES = {2: 2048, 4: 8192, 8: 16384, 16: 16384}
+TRAINING = 0.85
+"""Of the minutes, that all arms train; the rest is for measuring speed and pictures."""
+MOST = 512  # held-out pictures
+SHEET = 12
+FIGURES = "figures.json"
+
+
+def recipes(data: DataRecipe, seed: int, kinds: tuple[str, ...] = ("kl", "vq")) -> dict[str, AutoencoderRecipe]:
+    """Every arm by its name, their lengths to be found; KL ones first, since the second command needs no others."""
+    found = {}
+    for kind in kinds:
+        for factor, multipliers in MULTIPLIERS.items():
+            bottleneck = {"codes": CODES[factor]} if kind == "vq" else {}
+            values = {
+                "stage": "autoencoder",
+                "name": f"{kind}-f{factor}",
+                "seed": seed,
+                "data": data.model_dump(),
+                "network": {
+                    "latent_channels": LATENTS[kind][factor],
+                    "channels": CHANNELS,
+                    "multipliers": multipliers,
+                    "blocks": 1,
+                    "stem": 2,
+                    "attention": False,
+                    **bottleneck,
+                },
+                "loss": {"l1": 1.0, "pyramid": 0.5, "structure": 0.1, "kl": 1e-4, "codebook": {"running_mean": 0.99}},
+                "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "warmup": 50, "decay": 0.4},
+                "averaging": {"decay": 0.995, "power": []},
+                "schedule": {"steps": 1, "batch": 16, "precision": "bf16", "sample_every": None},
+            }
+            recipe = parse_recipe(values)
+            assert isinstance(recipe, AutoencoderRecipe)
+            found[recipe.name] = recipe
+    return found
+
+
+def first_stages(
+    data: str, folder: Path, *, minutes: float, size: int = 64, seed: int = 0, kinds: tuple[str, ...] = ("kl", "vq")
+) -> Path:
+    """Train and measure every first stage in `folder`; returns the path of the table. The same call goes on.
+
+    `minutes` of computing are shared equally. Errors: InputError, also for a folder made by other settings.
+    """
+    if size % max(MULTIPLIERS):
+        raise InputError(f"size {size} is no multiple of {max(MULTIPLIERS)}, the largest downsampling", exit_code=2)
+    source = open_source(data)
+    command = f"{COMMAND} ({', '.join(kinds)})"
+    asked = Asked(command=command, data=data, pictures=source.fingerprint, size=size, minutes=minutes, seed=seed)
+    plan = load(folder, asked)
+    if plan is None:
+        plan = _plan(asked, recipes(data_recipe(data, source, size), seed, kinds))
+        save(folder, plan)
+    rows = []
+    for number, arm in enumerate(plan.arms):
+        steps, place = arm.recipe.schedule.steps, f"{number + 1} of {len(plan.arms)}"
+        say(f"{arm.name}, {place}: {steps} steps; about {left(plan, number)} for this and the rest")
+        rows.append(_finished(arm, folder / arm.name, plan))
+    _sheet(plan, folder)
+    lead = (
+        f"First stages trained for {plan.seconds:.0f} thread-seconds each on pictures of {size} px, and measured on "
+        f"{rows[0]['pictures']} held-out ones; rFD is the Frechet distance in features of {NETWORK}."
+    )
+    return write(folder, plan, rows, f"{lead}\n\n{markdown(COLUMNS, rows)}", network=NETWORK)
+
+
+def _plan(asked: Asked, found: Mapping[str, AutoencoderRecipe]) -> Plan:
+    """Measure every arm and give each as many steps as fit into its share."""
+    measured = {}
+    for name, recipe in found.items():
+        say(f"measuring a step of {name}")
+        measured[name] = measure_autoencoder(recipe, _data(recipe)[0])
+    return planned(asked, TRAINING, found, measured)
+
+
+def _data(recipe: AutoencoderRecipe) -> tuple[Pictures, Pictures]:
+    return open_data(recipe.data, recipe.seed, recipe.network.downsampling)
+
+
+def _held(recipe: AutoencoderRecipe, most: int) -> Iterator[Tensor]:
+    """Held-out pictures, evenly taken."""
+    held = _data(recipe)[1]
+    count = min(most, len(held))
+    yield from (held.view(place * len(held) // count, 0)[1] for place in range(count))
+
+
+def _finished(arm: Arm, run: Path, plan: Plan) -> Row:
+    """Train an arm and measure it, or take what is there."""
+    model = train(arm.recipe, run)
+    return kept(run / FIGURES, lambda: _figures(arm, model)) | times(arm, run, plan)
+
+
+def _figures(arm: Arm, model: Path) -> Row:
+    """What an arm's model does to held-out pictures."""
+    recipe, stage = arm.recipe, load_autoencoder(model)
+    assert isinstance(recipe, AutoencoderRecipe)
+    assert stage.autoencoder is not None
+    found = measure(stage, track(_held(recipe, MOST), MOST, f"reconstructing by {arm.name}", not quiet()))
+    network, side = recipe.network, recipe.data.transform.size // stage.downsampling
+    return {
+        "name": arm.name,
+        "bottleneck": "VQ" if network.codes else "KL",
+        "downsampling": stage.downsampling,
+        "channels": network.latent_channels,
+        "numbers": network.latent_channels * side * side,
+        "parameters": sum(p.numel() for p in stage.autoencoder.parameters()),
+        "digest": digest(model),
+        **found.document(),
+    }
+
+
+def _sheet(plan: Plan, folder: Path) -> None:
+    """Held-out pictures, and below them what each arm gives back, a row each."""
+    first = plan.arms[0].recipe
+    assert isinstance(first, AutoencoderRecipe)
+    originals = list(_held(first, SHEET))
+    sheet = list(originals)
+    for arm in plan.arms:
+        stage = load_autoencoder(folder / arm.name / RUN_MODEL)
+        sheet += [reconstruct(stage, original).picture for original in originals]
+    write_sheet(folder / "reconstructions.png", sheet, len(originals))
+
+
+def _codes(row: Row) -> str:
+    return f"{row['codes']['chosen']} of {row['codes']['codes']}" if row["codes"] else "-"
+
+
+COLUMNS: Columns = {
+    "first stage": lambda row: f"{row['bottleneck']} f{row['downsampling']} c{row['channels']}",
+    "numbers a picture": lambda row: f"{row['numbers']:,}",
+    "PSNR, dB": lambda row: f"{row['psnr']:.2f}",
+    "SSIM": lambda row: f"{row['ssim']:.4f}",
+    "rFD": lambda row: f"{row['frechet']:.3f}" if row["frechet"] is not None else "-",
+    "codes chosen": _codes,
+    "perplexity": lambda row: f"{row['codes']['perplexity']:.0f}" if row["codes"] else "-",
+    "seconds": lambda row: f"{row['computed']:.0f}",
+    "pictures seen": lambda row: f"{row['trained_on']:,}",
+    "pictures/s": lambda row: f"{row['training_speed']:.0f}",
+}
