@@ -73,6 +73,8 @@ def test_a_finished_run(run: Path) -> None:
     assert 'src="http' not in text
     assert "No values were recorded" not in text
     assert "deviation of latent channels" in text
+    assert "Frechet distance by latentkit-random-conv-v1" in text
+    assert "LPIPS" not in text, "there are no weights of it"
     assert text.count("data:image/png") == 2 * 2 * 6
     assert write_health(run, False).read_text() == text
 

@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from tiny import tiny_model
 
 from latentkit.applications.generate import Result, generate
 from latentkit.applications.request import Unconditional
+from latentkit.applications.stages.train_autoencoder import _begin
 from latentkit.applications.stages.train_diffusion import _first_stage
 from latentkit.checkpoints.files import Model, save_autoencoder
+from latentkit.data.range import Range
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
-from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.training.recipe import DiffusionRecipe, parse_recipe
 
 
@@ -69,3 +72,17 @@ def test_both_stages_read_values_alike(tmp_path: Path) -> None:
     assert _first_stage(second(path, **stated, samples="uint16"))[0] is not None
     assert _first_stage(second(plain))[0] is not None
     assert _first_stage(second(plain, **stated))[0] is not None
+
+
+def test_a_first_stage_goes_on_from_one_of_the_same_range_only(tmp_path: Path) -> None:
+    config = AutoencoderConfig(channels=16, multipliers=(1,), blocks=1, attention=False)
+    path, stated = tmp_path / "ae.safetensors", {"kind": "linear", "low": 0.0, "high": 600.0}
+    trained = FirstStage(config, 3)
+    save_autoencoder(path, trained, {"recipe": {"data": {"transform": {"range": stated}}}})
+    for wrong in (None, Range(**stated | {"high": 601.0})):
+        with pytest.raises(InputError, match=r"start: .*ae\.safetensors was trained on values by .*high=600\.0"):
+            _begin(Autoencoder(config), str(path), wrong)
+    network = Autoencoder(config)
+    _begin(network, str(path), Range(**stated))
+    assert trained.autoencoder is not None
+    assert torch.equal(network.to_moments.weight, trained.autoencoder.to_moments.weight)

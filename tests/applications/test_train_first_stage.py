@@ -58,6 +58,10 @@ def test_with_an_own_perceptual_network_and_a_critic(pictures: Path, tmp_path: P
     assert lines[-2]["autoencoder/perceptual"] > 0
     assert lines[-2]["critic/loss"] > 0
     assert len(lines[-1]["validation/latent_std"]) == 4
+    assert 0 < lines[-1]["validation/ssim"] < 1
+    assert lines[-1]["validation/frechet"] > 0
+    assert lines[-1]["validation/features"] == "latentkit-random-conv-v1"
+    assert "validation/lpips" not in lines[-1], "its own network is not LPIPS"
     own = [json.loads(line) for line in (tmp_path / "run" / "perceptual" / "metrics.jsonl").read_text().splitlines()]
     assert own[-1]["step"] == 4
     assert {name.split(".")[0] for name in load_autoencoder(path).state_dict()} <= {
@@ -140,6 +144,11 @@ def test_known_weights_are_read_from_files(pictures: Path, tmp_path: Path) -> No
     settings = Perceptual(
         network="alexnet", weights=str(tmp_path / "alexnet.pth"), heads=str(tmp_path / "heads.safetensors")
     )
+    still = {"path": str(pictures), "transform": {"size": 32, "channels": 3}}
+    seen = {"perceptual": settings.model_dump(mode="json")}
+    train(recipe(pictures, loss=seen, data=still), tmp_path / "run")
+    told = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert told["validation/lpips"] > 0
     distance = read_distance(settings)
     assert torch.equal(distance.heads[4], heads["lin4.model.1.weight"].flatten())
     a, b = torch.rand(2, 1, 32, 40), torch.rand(2, 1, 32, 40)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from latentkit.nets.bottleneck import Codebook
+from latentkit.nets.bottleneck import Codebook, Levels
 from latentkit.training.collapse import Collapse, doubtful, watch
-from latentkit.training.first_stage.codebook import CodebookLoss, chosen, settle
+from latentkit.training.first_stage.codebook import CodebookLoss, chosen, counted, followed, settle
 from latentkit.training.first_stage.equivariance import change_of, changed
 
 
@@ -49,6 +49,21 @@ def test_usage_and_perplexity() -> None:
     logs = settle(codes, still, sums_of(codes, latents(0.1, 0.2, 1.1, 0.9)), shared, 1, 0)
     assert logs["codebook_perplexity"] == pytest.approx(2)
     assert logs["codebook_chosen"] == 0.5
+
+
+def test_the_use_of_levels() -> None:
+    """Two channels of 3 and 4 values: numbers as they count up, and their even use."""
+    values = torch.tensor([[-1.0, 0.0, 1.0, 1.0], [-1.0, -1.0, -0.5, 0.5]])[None, :, None]
+    levels = Levels((3, 4))
+    assert levels.nearest(values).tolist() == [[[0, 4, 9, 11]]]
+    counts = counted(levels, values)["codebook_chosen"]
+    assert counts.tolist() == [1, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0, 1]
+    shared: dict[str, Tensor] = {}
+    logs = followed(counts, shared)
+    assert logs["codebook_perplexity"] == pytest.approx(4)
+    assert logs["codebook_chosen"] == pytest.approx(1 / 3)
+    assert followed(counts.roll(6), shared)["codebook_perplexity"] == pytest.approx(8, abs=0.01)
+    assert counted(Levels((64, 64, 65)), torch.zeros(1, 3, 1, 1)) == {}, "too many"
 
 
 @pytest.mark.parametrize("running_mean", [None, 0.9])

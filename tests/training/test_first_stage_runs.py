@@ -37,6 +37,7 @@ LOSS = {
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "kl": ({}, {"output_variance": True}),
     "codes": ({"codes": 24, "latent_channels": 2}, {}),
+    "levels": ({"levels": (3, 4), "latent_channels": 2}, {}),
     "running": ({"codes": 24, "latent_channels": 2}, {"codebook": CodebookLoss(running_mean=0.9)}),
 }
 
@@ -217,6 +218,14 @@ def test_what_the_health_page_needs_is_logged(tmp_path: Path) -> None:
     first, *_, last = (line for line in lines(tmp_path / "run") if "autoencoder/loss" in line)
     assert "critic/loss" not in first, "it does not learn before its warm-up"
     assert last["autoencoder/adaptive_weight"] > 0
+
+
+def test_the_use_of_levels_is_logged_as_that_of_codes(tmp_path: Path) -> None:
+    train(tmp_path / "run", kind="levels")
+    last = lines(tmp_path / "run")[-1]
+    assert 1 < last["autoencoder/codebook_perplexity"] <= 12
+    assert 1 / 12 <= last["autoencoder/codebook_chosen"] <= 1
+    assert "autoencoder/codebook_revived" not in last
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -72,6 +72,16 @@ class Range(BaseModel):
         return np.asarray(x.round().clip(limits.min, limits.max), dtype)
 
 
+def check_same(what: str, trained: Range | None, here: Range | None) -> None:
+    """InputError where a model, named by `what`, was trained on a stated range and the recipe's is not that."""
+    if trained is not None and (here is None or not trained.same(here)):
+        raise InputError(
+            f"{what} was trained on values by data.transform.range: {trained}, the recipe's is {here or 'none'}; "
+            "state the same",
+            exit_code=2,
+        )
+
+
 def transform_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
     """How a model was shown its pictures: the recipe's `data.transform` as plain values, empty where none is told."""
     found: Any = provenance

@@ -120,15 +120,10 @@ def open_distance(trunk: Path, heads: Path) -> PerceptualDistance:
 
 def chosen_codes(autoencoder: Autoencoder, latents: Tensor) -> Tensor | None:
     """The number of the code of each cell of raw latents `z h w`, flat; None where there are no codes."""
-    latents = latents[None].to(next(autoencoder.parameters()).device)
-    if autoencoder.codebook is not None:
-        return autoencoder.codebook.nearest(latents).flatten().cpu()
-    if autoencoder.levels is None:
+    rounding = autoencoder.codebook or autoencoder.levels
+    if rounding is None:
         return None
-    number = torch.zeros(latents[0, 0].numel(), dtype=torch.int64)
-    for count, values in zip(autoencoder.levels.levels, autoencoder.levels(latents)[0].flatten(1).cpu(), strict=True):
-        number = number * count + ((values + 1) * (count // 2)).round().long()
-    return number
+    return rounding.nearest(latents[None].to(next(autoencoder.parameters()).device)).flatten().cpu()
 
 
 def evaluate(

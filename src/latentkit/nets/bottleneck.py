@@ -93,6 +93,16 @@ class Levels(nn.Module):
         scale = half + shift
         return straight_through(z, torch.clamp((z * scale).round(), -scale, half - shift) / scale)
 
+    def nearest(self, z: Tensor) -> Tensor:
+        """Number of the values of each cell, 0 to the product of `levels` - 1, the last channel's first to change.
+
+        `b c h w -> b h w`.
+        """
+        number = torch.zeros(z.shape[0], *z.shape[2:], dtype=torch.int64, device=z.device)
+        for count, values in zip(self.levels, self(z.detach()).unbind(1), strict=True):
+            number = number * count + ((values + 1) * (count // 2)).round().long()
+        return number
+
     def _measures(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Half the distance of the outermost values, in levels, and how far below 0 its middle is: `c 1 1` each."""
         counts = torch.tensor(self.levels, dtype=like.dtype, device=like.device)[:, None, None]

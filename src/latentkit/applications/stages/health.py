@@ -19,6 +19,7 @@ from latentkit.evaluation import report
 from latentkit.evaluation.first_stage import Codes, chosen_codes, usage
 from latentkit.evaluation.journal import Curves, curves
 from latentkit.evaluation.latents import Statistics, spectrum, statistics
+from latentkit.evaluation.metrics.features import NETWORK
 from latentkit.evaluation.metrics.similarity import ssim
 from latentkit.evaluation.reconstruction import psnr, reconstruct
 from latentkit.evaluation.report import Figure
@@ -299,11 +300,17 @@ def _learning(recipe: AutoencoderRecipe, known: Curves) -> list[tuple[str, str]]
         return report.chart(title, {label: _curve(known, name) for label, name in names.items()}, log=log)
 
     quality = chart("PSNR, dB", {"training": "psnr", "held out": "validation/psnr", "inked": "validation/psnr_box"})
-    structure = chart("structural similarity of held-out pictures", {"over three scales": "validation/structure"})
+    similar = {"over three scales": "validation/structure", "published (SSIM)": "validation/ssim"}
+    structure = chart("structural similarity of held-out pictures", similar)
+    distances = [
+        chart(title, {"held out": name}, log=True)
+        for title, name in (("LPIPS", "validation/lpips"), (f"Frechet distance by {NETWORK}", "validation/frechet"))
+        if _curve(known, name)
+    ]
     parts = {"l1", "l2", "pyramid", "structure", "wavelet", "frequency", "perceptual", "kl", "commitment"}
     losses = chart("parts of the loss", {name: name for name in sorted(parts) if _curve(known, name)}, log=True)
     sections = [
-        ("Quality", report.beside(quality, structure)),
+        ("Quality", report.beside(quality, structure, *distances)),
         ("Losses", report.beside(chart("loss", {"loss": "loss"}, log=True), losses)),
     ]
     if recipe.loss.adversarial is not None:
@@ -314,10 +321,10 @@ def _learning(recipe: AutoencoderRecipe, known: Curves) -> list[tuple[str, str]]
         verdicts = chart("verdicts", {"on pictures": "real", "on reconstructions": "fake"})
         weight = chart("adaptive weight", {"weight": "adaptive_weight"})
         sections.append(("Discriminator", report.beside(balance, weight, verdicts) + report.paragraph(start)))
-    if recipe.network.codes:
+    if recipe.network.codes or recipe.network.levels:
         usage = chart("perplexity", {"perplexity": "codebook_perplexity"})
         chosen = chart("share of codes chosen in a batch", {"share": "codebook_chosen"})
-        revived = chart("codes revived", {"revived": "codebook_revived"})
+        revived = chart("codes revived", {"revived": "codebook_revived"}) if recipe.network.codes else ""
         sections.append(("Codebook", report.beside(usage, chosen, revived)))
     return sections
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from latentkit import __version__
 from latentkit.applications.pictures import open_data, write_sheet
-from latentkit.checkpoints.files import find, load_autoencoder, save_autoencoder
+from latentkit.checkpoints.files import save_autoencoder
 from latentkit.data.dataset import Pictures
 from latentkit.data.loader import Loader
 from latentkit.data.order import Order
+from latentkit.data.range import Range, check_same
 from latentkit.errors import InputError
+from latentkit.evaluation.first_stage import measure as measure_each
+from latentkit.evaluation.first_stage import open_first_stage
 from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import Autoencoder
@@ -28,7 +31,7 @@ from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
 SHEET = 12
-MOST_MEASURED = 512
+MOST_MEASURED, COMPARED = 512, 64
 
 
 def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
@@ -53,15 +56,16 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     autoencoder = first_stage.autoencoder
     assert autoencoder is not None
     if recipe.start is not None:
-        _begin(autoencoder, recipe.start)
+        _begin(autoencoder, recipe.start, recipe.data.transform.range)
     autoencoder.set_checkpointing(recipe.checkpointing)
     device = distributed.pick_device(recipe.schedule.device)
+    first_stage.to(device)
     world = distributed.join(device)
     order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
     loader = Loader(train, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
     seen = recipe.loss.perceptual
     every = recipe.schedule.sample_every
-    distance = read_distance(seen) if seen and seen.network != "own" else None
+    distance = known = read_distance(seen).to(device) if seen and seen.network != "own" else None
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
         if seen and seen.network == "own":
             distance = _own_perceptual(recipe, seen, loader, folder)
@@ -79,7 +83,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             schedule=recipe.schedule,
             optimiser={"autoencoder": recipe.optimiser} | ({"critic": critic.optimiser} if critic else {}),
             averaging=recipe.averaging,
-            callbacks=[Callback(every, lambda step, t: _look(step, t, autoencoder, held))] if every else (),
+            callbacks=[Callback(every, lambda step, t: _look(step, t, first_stage, held, known))] if every else (),
             seed=recipe.seed,
         )
         trainer.train()
@@ -100,12 +104,14 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     return path
 
 
-def _begin(autoencoder: Autoencoder, start: str) -> None:
-    """Give an autoencoder the weights of the one called `start`; InputError where their shapes differ."""
-    given = load_autoencoder(find(start)).autoencoder
+def _begin(autoencoder: Autoencoder, start: str, here: Range | None) -> None:
+    """Give an autoencoder the weights of the one called `start`; InputError where their shapes or ranges differ."""
+    opened = open_first_stage(start, "cpu")
+    given = opened.first_stage.autoencoder
     if given is None or given.config != autoencoder.config:
         found = "no autoencoder" if given is None else f"an autoencoder of {given.config}"
         raise InputError(f"start: {start} holds {found}; the recipe's network is {autoencoder.config}", exit_code=2)
+    check_same(f"start: {start}", opened.values, here)
     autoencoder.load_state_dict(given.state_dict())
 
 
@@ -146,15 +152,24 @@ def pairs(autoencoder: Autoencoder, pictures: Pictures) -> Iterator[tuple[Tensor
         yield original, decoded.float().clamp(-1, 1).cpu()
 
 
-def _look(step: int, trainer: Trainer, autoencoder: Autoencoder, held: Pictures) -> None:
-    """Metrics and a sheet (originals above their reconstructions) of the held-out pictures, averaged weights."""
-    if not trainer.world.main:
+def _look(
+    step: int, trainer: Trainer, first_stage: FirstStage, held: Pictures, lpips: PerceptualDistance | None
+) -> None:
+    """Metrics and a sheet (originals above their reconstructions) of the held-out pictures, averaged weights.
+
+    The dear ones are of the first `COMPARED` pictures; LPIPS where its weights are known.
+    """
+    autoencoder = first_stage.autoencoder
+    if not trainer.world.main or autoencoder is None:
         return
     with trainer.ema.applied():
         values: dict[str, Any] = measure(autoencoder, held)
         shown = [pair for _, pair in zip(range(SHEET), pairs(autoencoder, held))]
+        originals = (held.view(index, 0)[1] for index in range(min(len(held), COMPARED)))
+        found = measure_each(first_stage, originals, lpips)
+    values |= {"ssim": found.ssim, "lpips": found.lpips, "frechet": found.frechet, "features": found.network}
     mean, square = trainer.shared["latent_moments"]
     values |= {"latent_mean": mean.tolist(), "latent_std": (square - mean.square()).clamp_min(0).sqrt().tolist()}
-    trainer.log({f"validation/{name}": value for name, value in values.items()})
+    trainer.log({f"validation/{name}": value for name, value in values.items() if value is not None})
     sheet = [original for original, _ in shown] + [decoded for _, decoded in shown]
     write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet, len(shown))

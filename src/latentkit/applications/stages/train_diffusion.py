@@ -15,6 +15,7 @@ from latentkit.data.dataset import Pictures
 from latentkit.data.latents import LatentCache, cache_folder, open_latents
 from latentkit.data.loader import Batch, Loader, Samples, collate
 from latentkit.data.order import Order
+from latentkit.data.range import check_same
 from latentkit.data.source import Source
 from latentkit.diffusion.noise import keyed_batch
 from latentkit.errors import InputError
@@ -116,13 +117,8 @@ def _first_stage(recipe: DiffusionRecipe) -> tuple[FirstStage | None, str]:
     if recipe.first_stage == IDENTITY:
         return None, IDENTITY
     opened = open_first_stage(recipe.first_stage, "cpu")
-    first_stage, trained, here = opened.first_stage, opened.values, recipe.data.transform.range
-    if trained is not None and (here is None or not trained.same(here)):
-        raise InputError(
-            f"first_stage {recipe.first_stage} was trained on values by data.transform.range: {trained}, the recipe's "
-            f"is {here or 'none'}; state the same",
-            exit_code=2,
-        )
+    first_stage = opened.first_stage
+    check_same(f"first_stage {recipe.first_stage}", opened.values, recipe.data.transform.range)
     return first_stage, IDENTITY if first_stage.autoencoder is None else encoder_digest(first_stage.autoencoder)
 
 

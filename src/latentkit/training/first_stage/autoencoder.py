@@ -152,6 +152,8 @@ class AutoencoderObjective:
         shared["latent_moments"] = torch.lerp(moments, shared.get("latent_moments", moments), RUNNING)
         if self.autoencoder.codebook is not None and not self.frozen_encoder:
             logs |= codebook.settle(self.autoencoder.codebook, self.weights.codebook, sums, shared, self._key, step)
+        elif "codebook_chosen" in sums:
+            logs |= codebook.followed(sums["codebook_chosen"], shared)
         if self.adversary is not None:
             if "slope_verdict" in sums:
                 logs |= self.adversary.settle_decoder(sums, shared)
@@ -186,6 +188,8 @@ class AutoencoderObjective:
         book = self.autoencoder.codebook
         if book is None:
             levels = self.autoencoder.levels
+            if levels is not None:
+                shared |= codebook.counted(levels, decodable)
             return z, decodable if levels is None else levels(decodable), loss, _detached(logs)
         index = book.nearest(decodable)
         rounded = straight_through(decodable, book.vectors[index].movedim(-1, 1))

@@ -1,16 +1,23 @@
-"""How a codebook learns: by its loss or as running means, with codes that nobody chooses given new places."""
+"""How a codebook learns: by its loss or as running means, with codes that nobody chooses given new places.
+
+And how codes are used, a codebook's and those of levels.
+"""
+
+import math
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from latentkit.diffusion.noise import keyed_uniform
-from latentkit.nets.bottleneck import Codebook
+from latentkit.nets.bottleneck import Codebook, Levels
 
 RUNNING = 0.99
 """Decay of the running usage."""
 DEAD = 0.01
 """Running usage, where 1 is an equal share, below which a code is dead: after some 460 steps that nobody chose it."""
+MOST_COUNTED = 1 << 18
+"""Codes that levels may have for their use to be counted."""
 SLOTS = 4096
 PER_PICTURE = 8
 """Latent cells of each picture that dead codes may take the place of."""
@@ -31,6 +38,28 @@ class CodebookLoss(BaseModel):
     """Decay with which codes are running means of their latents, in place of `codes` (appendix A.1 there)."""
     revive: bool = True
     """Move codes that nobody chooses to latents of the present batch (Dhariwal et al. 2020, 3.1)."""
+
+
+def counted(levels: Levels, z: Tensor) -> dict[str, Tensor]:
+    """How often each code of levels is chosen by latents `b c h w`; nothing where there are too many to count."""
+    codes = math.prod(levels.levels)
+    if codes > MOST_COUNTED:
+        return {}
+    return {"codebook_chosen": torch.bincount(levels.nearest(z).flatten(), minlength=codes).float()}
+
+
+def followed(counts: Tensor, shared: dict[str, Tensor]) -> dict[str, float]:
+    """Move the running usage by the counts over the global batch; returns what to log."""
+    share = counts / counts.sum() * len(counts)
+    shared["codebook_usage"] = torch.lerp(share, shared.get("codebook_usage", torch.zeros_like(share)), RUNNING)
+    return {
+        "codebook_perplexity": _perplexity(shared["codebook_usage"]),
+        "codebook_chosen": float((counts > 0).float().mean()),
+    }
+
+
+def _perplexity(usage: Tensor) -> float:
+    return float(torch.special.entr(usage / usage.sum()).sum().exp())
 
 
 def chosen(codebook: Codebook, z: Tensor, index: Tensor, draws: Tensor, seed: int) -> dict[str, Tensor]:
@@ -60,9 +89,9 @@ def settle(
 ) -> dict[str, float]:
     """Move running usage and, where asked for, codes, by the sums over the global batch; returns what to log."""
     vectors = codebook.vectors
-    counts, total = sums["codebook_chosen"], sums["codebook_chosen"].sum()
-    share = counts / total * len(vectors)
-    usage = torch.lerp(share, shared.get("codebook_usage", torch.zeros_like(share)), RUNNING)
+    counts = sums["codebook_chosen"]
+    logs = followed(counts, shared)
+    usage = shared["codebook_usage"]
     if settings.running_mean is not None:
         decay = settings.running_mean
         held = shared.get("codebook_counts", torch.ones_like(counts))
@@ -86,11 +115,4 @@ def settle(
         usage[places] = 1.0
         if settings.running_mean is not None:
             shared["codebook_counts"][places], shared["codebook_means"][places] = 1.0, cells
-    shared["codebook_usage"] = usage
-    probability = usage / usage.sum()
-    entropy = torch.special.entr(probability).sum()
-    return {
-        "codebook_perplexity": float(entropy.exp()),
-        "codebook_chosen": float((counts > 0).float().mean()),
-        "codebook_revived": float(revived),
-    }
+    return logs | {"codebook_perplexity": _perplexity(usage), "codebook_revived": float(revived)}
