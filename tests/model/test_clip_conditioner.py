@@ -19,6 +19,7 @@ from latentkit.model.conditioners.clip import (
     SDXL_TEXT,
     ClipConditioner,
     ClipConfig,
+    mentions,
 )
 from latentkit.model.conditioners.prompt import Prompt
 from latentkit.model.conditioners.tokenizer import clip_tokenizer
@@ -284,3 +285,48 @@ def test_a_tokenizer_of_its_own_wins() -> None:
     ours = ClipConditioner(small(SD1_TEXT), text)
     assert ours.state() == {"tokenizer": text}
     assert len(ours._ids("a cat")) == 2
+
+
+def test_a_full_window_ends_at_its_last_comma_if_that_is_near(sd1: ClipConditioner) -> None:
+    """Of 75 words the 56th is the first that a comma behind may move; a comma as the 76th moves nothing."""
+
+    def split(text: str) -> list[int]:
+        """Words of each window."""
+        return [sum(0 <= token < sd1._start for token in ids) for ids, _ in sd1._windows(text)]
+
+    def words(*places: int) -> str:
+        return " ".join("," if place in places else "cat" for place in range(80))
+
+    assert split(words()) == [75, 5]
+    assert split(words(70)) == [71, 9]
+    assert split(words(60, 70)) == [71, 9]
+    assert split(words(55)) == [56, 24]
+    assert split(words(54)) == [75, 5]
+    assert split(words(70, 75)) == [75, 5]
+    assert split(words(74)) == [75, 5]
+    (_, first), (_, second) = sd1._windows(f"({words(70)}:1.5)")
+    assert first.count(1.5) == 71
+    assert second.count(1.5) == 9
+
+
+def test_names_are_known_inside_of_the_context_alone(sd1: ClipConditioner) -> None:
+    before = context(sd1(["a <cat>"]))
+    with sd1.knowing({"<cat>": [torch.ones(2, 16)]}):
+        assert (context(sd1(["a <cat>"])) - before).abs().max() > 1e-3
+    assert torch.equal(context(sd1(["a <cat>"])), before)
+    with pytest.raises(InputError, match="has vectors of shape"), sd1.knowing({"<cat>": [torch.ones(2, 15)]}):
+        pass
+    assert torch.equal(context(sd1(["a <cat>"])), before)
+
+
+def test_no_prompt_has_a_clip_skip_too(sdxl: ClipConditioner, sd1: ClipConditioner) -> None:
+    assert not context(sdxl([Prompt(None, 1)])).any()
+    assert torch.equal(context(sd1([Prompt(None, 1)])), context(sd1([Prompt("", 1)])))
+    assert not torch.equal(context(sd1([Prompt(None, 1)])), context(sd1([Prompt(None)])))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("a <cat> here", True), ("A <CAT>.", True), ("a<cat>", False), ("<cat>s", False), ("", False)]
+)
+def test_a_name_is_said_as_a_word_of_its_own(text: str, said: bool) -> None:
+    assert any(mentions(text, ["<cat>"])) == said

@@ -1,8 +1,9 @@
 """Prompts through one or two CLIP text towers: Stable Diffusion 1, 2 and XL, and own models of that shape.
 
-A prompt of any length is read in windows, their contexts one after another; the vector is that of the first. Emphasis
-multiplies the states of the tokens and then scales the window so that its mean is what it was, as AUTOMATIC1111 does
-(here for each picture alone, so that a batch equals its singles).
+A prompt of any length is read in windows, their contexts one after another; the vector is that of the first. A full
+window ends at its last comma, if that is near enough, and emphasis multiplies the states of the tokens and then scales
+the window so that its mean is what it was: both as AUTOMATIC1111 does (here for each picture alone, so that a batch
+equals its singles).
 """
 
 import re
@@ -20,6 +21,8 @@ from latentkit.model.conditioners.tokenizer import END, START, clip_tokenizer, f
 from latentkit.model.conditioning import Conditioning
 from latentkit.nets.clip import VIT_BIGG_TEXT, VIT_H_TEXT, VIT_L_TEXT, ClipText, ClipTextConfig
 
+BACK = 20
+"""Tokens at a window's end that go into the next one rather than be torn from what they were said with by a comma."""
 SCALED = (0.5, 2.0)
 """How far a window may be scaled back: a mean near zero says nothing, and would scale by anything."""
 
@@ -75,6 +78,7 @@ class ClipConditioner(nn.Module):
         if start is None or end is None:
             raise InputError(f"the model's tokenizer has no {START} and {END}: it is not one of CLIP's")
         self._start, self._end = start, end
+        self._comma = self._tokenizer.token_to_id(",</w>")
         self._learnt: dict[str, tuple[Tensor, ...]] = {}
         self.towers = nn.ModuleList(ClipText(tower) for tower in config.towers)
 
@@ -177,11 +181,16 @@ class ClipConditioner(nn.Module):
                 continue
             ids: list[int] = []
             weights: list[float] = []
+            comma = 0
             for unit, weight in units:
                 if len(ids) + len(unit) > self.room:
-                    yield self._window(ids, weights)
-                    ids, weights = [], []
+                    back = len(unit) == 1 and unit[0] != self._comma and comma and len(ids) - comma < BACK
+                    end = comma if back else len(ids)
+                    yield self._window(ids[:end], weights[:end])
+                    ids, weights, comma = ids[end:], weights[end:], 0
                 ids, weights = ids + unit, weights + [weight] * len(unit)
+                if unit[-1] == self._comma:
+                    comma = len(ids)
             yield self._window(ids, weights)
 
     def _window(self, ids: list[int], weights: list[float]) -> tuple[list[int], list[float]]:
