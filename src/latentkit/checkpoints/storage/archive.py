@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from latentkit.checkpoints.storage.legacy import read_legacy
 from latentkit.checkpoints.storage.mapping import mapped
 from latentkit.checkpoints.storage.pickles import flat, read_pickle
 from latentkit.errors import InputError
@@ -43,9 +44,10 @@ def read_archive(path: Path) -> Archive:
             return _pickled(read_pickle(path), path)
         if len(start) < 9:
             raise InputError(f"{path}: is truncated: it has {len(start)} bytes")
+        if start[8:9] != b"{" and start[:1] == b"\x80":
+            return _pickled(read_legacy(path), path)
         if start[8:9] != b"{":
-            old = " (an old pickle; save it again with torch.save of today)" if start[:1] == b"\x80" else ""
-            raise InputError(f"{path}: is neither safetensors nor a zip that torch.save wrote{old}")
+            raise InputError(f"{path}: is neither safetensors nor a file that torch.save wrote")
         with safe_open(path, "pt") as tables:
             return Archive(_mapped(path, tables), dict(tables.metadata() or {}))
     except OSError as error:

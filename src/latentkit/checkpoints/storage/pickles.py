@@ -10,6 +10,7 @@ import mmap
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -74,7 +75,9 @@ class _Name(NamedTuple):
     name: str
 
 
-class _Storage(NamedTuple):
+class Storage(NamedTuple):
+    """What a tensor's data are said to be: their type, their name in the file, and how many there are."""
+
     type: torch.dtype
     key: str
     length: int
@@ -105,7 +108,7 @@ def read_pickle(path: Path) -> Any:
     if order is not None and bytes(space[order[0] : sum(order)]) != b"little":
         raise InputError(f"{path}: was written on a machine of the other byte order")
 
-    def storage(asked: _Storage) -> Tensor:
+    def storage(asked: Storage) -> Tensor:
         place = entries.get(f"{root}data/{asked.key}")
         need = asked.length * asked.type.itemsize
         if place is None or asked.length < 0 or place[1] < need:
@@ -116,11 +119,18 @@ def read_pickle(path: Path) -> Any:
             else torch.empty(0, dtype=asked.type)
         )
 
+    with undamaged(path):
+        return Machine(str(path), bytes(space[start : start + size]), storage).run()
+
+
+@contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """What goes wrong in a machine's run, as InputError about the file."""
     try:
-        return _Machine(str(path), bytes(space[start : start + size]), storage).run()
+        yield
+    except InputError:
+        raise
     except (IndexError, struct.error, KeyError, TypeError, ValueError, UnicodeDecodeError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: its pickle is damaged ({type(error).__name__})") from None
 
 
@@ -149,12 +159,12 @@ def _entries(path: Path, archive: zipfile.ZipFile, space: mmap.mmap) -> dict[str
     return entries
 
 
-class _Machine:
+class Machine:
     """The pickle's opcodes (protocols 0 to 5) over plain values."""
 
-    def __init__(self, what: str, program: bytes, storage: Callable[[_Storage], Tensor]) -> None:
-        self.what, self.program, self.storage = what, program, storage
-        self.place = 0
+    def __init__(self, what: str, program: bytes, storage: Callable[[Storage], Tensor], place: int = 0) -> None:
+        """`place` is where in `program` it begins; afterwards it stands behind the end."""
+        self.what, self.program, self.storage, self.place = what, program, storage, place
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -331,16 +341,18 @@ class _Machine:
             self.refuse(f"its pickle calls {called.name!r}")
         return builder(self, *arguments)
 
-    def stored(self, identity: Any) -> _Storage:
-        kind, name, key, _, count = identity
+    def stored(self, identity: Any) -> Storage:
+        kind, name, key, _, count, *view = identity
+        if any(part is not None for part in view):
+            self.refuse("its pickle has a storage that is a part of another")
         if kind != "storage" or not isinstance(name, _Name) or name.name not in TYPES or not isinstance(count, int):
             self.refuse("its pickle refers to something that is no tensor's data")
-        return _Storage(TYPES[name.name], str(key), count)
+        return Storage(TYPES[name.name], str(key), count)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> Tensor:
         """A view of its storage that lies inside it."""
         numbers = [offset, *shape, *stride]
-        if not isinstance(storage, _Storage) or any(type(n) is not int or n < 0 for n in numbers):
+        if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
             self.refuse("a tensor in its pickle has no data or a negative size")
         if len(shape) != len(stride) or len(shape) > 8:
             self.refuse("a tensor in its pickle has no sensible shape")
@@ -366,10 +378,10 @@ class _Machine:
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {
-    "torch._utils._rebuild_tensor_v2": _Machine.tensor,
-    "torch._utils._rebuild_tensor": _Machine.tensor,
-    "torch._utils._rebuild_parameter": _Machine.parameter,
-    "collections.OrderedDict": _Machine.ordered,
+    "torch._utils._rebuild_tensor_v2": Machine.tensor,
+    "torch._utils._rebuild_tensor": Machine.tensor,
+    "torch._utils._rebuild_parameter": Machine.parameter,
+    "collections.OrderedDict": Machine.ordered,
 }
 
 
