@@ -372,6 +372,35 @@ def test_transparency_lies_on_the_background(source):
     assert to_tensor(source.read(index), 4).shape[0] == 4
 
 
+@pytest.mark.parametrize("crop", ["random", "center"])
+def test_parts_are_cut_from_pictures_of_a_short_side(tmp_path, save, crop):
+    """Of 20 x 30 shown as 12 x 18, a part of 8 x 8; one that is smaller is enlarged to that."""
+    wide = save(tmp_path / "a.png", 0, (20, 30, 3))
+    save(tmp_path / "b.png", 1, (9, 6, 3))
+    pictures = Pictures(open_source(tmp_path), Transform(size=8, short=12, crop=crop), 0)
+    shown = [pictures.sample(index, draw) for index in (0, 1) for draw in range(40)]
+    assert all(x.shape == (3, 8, 8) for x in shown)
+    assert pictures._kept[0, 1.5].shape == ((3, 12, 18) if crop == "random" else (3, 12, 12))
+    assert pictures._kept[1, 1.5].shape == ((3, 18, 12) if crop == "random" else (3, 12, 12))
+    scaled = pictures._kept[0, 1.5]
+    places = {(top, left) for top in range(scaled.shape[1] - 7) for left in range(scaled.shape[2] - 7)}
+    parts = {
+        (scaled[:, top : top + 8, left : left + 8].float() / 127.5 - 1).numpy().tobytes(): (top, left)
+        for top, left in places
+    }
+    found = {parts[x.numpy().tobytes()] for x in shown[:40]}
+    assert (len(found) > 20) if crop == "random" else (found == {(2, 2)})
+    assert abs(float(scaled.float().mean()) - wide.mean()) < 8
+    still = pictures.view(0, 0)[1].numpy().tobytes()
+    assert parts[still] == ((2, 5) if crop == "random" else (2, 2)), "held-out pictures show the middle, as large"
+
+
+@pytest.mark.parametrize("wrong", [{"short": 7}, {"short": 12, "zoom": 2, "crop": "random"}])
+def test_a_short_side_that_makes_no_sense_is_refused(wrong):
+    with pytest.raises(ValidationError, match="must be at least size 8, and takes no zoom"):
+        Transform(size=8, **wrong)
+
+
 def test_zoom_shows_random_parts_at_every_size_that_the_picture_has(tmp_path, save):
     large = save(tmp_path / "large.png", 0, (40, 40, 3))
     save(tmp_path / "small.png", 1, (15, 15, 3))

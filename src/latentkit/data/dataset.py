@@ -45,6 +45,11 @@ class Transform(BaseModel):
     buckets: bool = False
     zoom: Literal[1, 2, 4, 8] = 1
     """A draw shows a random part of the picture at 1, 2, 4 ... up to so many times its size, if it has the pixels."""
+    short: int | None = Field(None, ge=MIN_SIDE)
+    """What `size` would be for the whole picture, of which a part of `size` is then cut out; null: `size`.
+
+    A square part of 256 pixels of pictures whose short side is 384: size 256, short 384.
+    """
     range: Range | None = None
     """What the values of 16-bit and floating-point samples mean; null: 0 to the largest of their type, or to 1."""
 
@@ -52,6 +57,8 @@ class Transform(BaseModel):
     def _zoomed(self) -> Self:
         if self.zoom > 1 and self.crop != "random":
             raise ValueError(f"zoom {self.zoom} shows random parts: set crop: random")
+        if self.short is not None and (self.short < self.size or self.zoom > 1):
+            raise ValueError(f"short {self.short} must be at least size {self.size}, and takes no zoom ({self.zoom})")
         return self
 
     def views(self) -> list[tuple[int, bool]]:
@@ -113,7 +120,9 @@ class Pictures:
             _check_channels(item, transform)
         self.replaced: dict[str, str] = {}
         self._bad: dict[int, str] = {}
-        self._kept: dict[tuple[int, int], Tensor] | None = {} if self._bytes() <= MEMORY_SHARE * free_memory() else None
+        self._kept: dict[tuple[int, float], Tensor] | None = (
+            {} if self._bytes() <= MEMORY_SHARE * free_memory() else None
+        )
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -122,6 +131,7 @@ class Pictures:
     def _bytes(self) -> int:
         overhang = 1.5 if self.transform.crop == "random" else 1.0
         overhang *= sum(4**level for level in range(self.transform.zoom.bit_length()))  # all sizes
+        overhang *= self._enlarged**2
         return sum(
             int(np.prod(self.shapes[bucket]) * self.transform.channels * np.dtype(item.depth).itemsize * overhang)
             for item, bucket in zip(self.source.items, self._buckets, strict=True)
@@ -192,19 +202,28 @@ class Pictures:
             self.replaced[self.source.items[index].key] = reason
         check_bad(self.replaced, len(self), "went bad after they were indexed")
 
-    def _times(self, index: int, zoom: int) -> int:
-        """How many times its bucket's size a picture is shown: one of 1, 2, 4 ... that ask for no pixels it lacks."""
+    @property
+    def _enlarged(self) -> float:
+        return (self.transform.short or self.transform.size) / self.transform.size
+
+    def _times(self, index: int, zoom: int) -> float:
+        """How many times its bucket's size a picture is shown: one of 1, 2, 4 ... that ask for no pixels it lacks.
+
+        With `short`, always that over `size`.
+        """
+        if self.transform.short is not None:
+            return self._enlarged
         item, (height, width) = self.source.items[index], self.shapes[self._buckets[index]]
         has = min(item.height / height, item.width / width, self.transform.zoom)
         return 1 << zoom % max(1, int(has).bit_length())
 
-    def _scaled(self, index: int, times: int) -> Tensor:
+    def _scaled(self, index: int, times: float) -> Tensor:
         if index in self._bad:
             raise BadPicture(self.source.items[index].key, self._bad[index])
         if self._kept is not None and (index, times) in self._kept:
             return self._kept[index, times]
         height, width = self.shapes[self._buckets[index]]
-        x = self._scale(self.source.read(index), (times * height, times * width))
+        x = self._scale(self.source.read(index), (round(times * height), round(times * width)))
         if self._kept is not None:
             self._kept[index, times] = x
         return x
