@@ -24,11 +24,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("equal-time", "spectrum", "equal-error", "strips")
-SECONDS, RATE = 60.0, 1e-3
-PEER_SECONDS, RATES, FRACTIONS = 240.0, (5e-4, 1e-3, 2e-3), (5, 7, 10, 14, 20)
-"""The peer's time to its error, the rates it may choose from, and by how much shorter the runs of ours are."""
+SECONDS, RATE, RATES = 75.0, 1e-3, (5e-4, 1e-3, 2e-3)
+"""Of training, our learning rate, and those that the peer may choose from."""
+PEER_SECONDS, FRACTIONS = 240.0, (5, 7, 10, 14, 20)
+"""The peer's time to its error, and by how much shorter the runs of ours are."""
 START_STEPS, MORE_STEPS = 2000, 800
 """Of the first stage that the arms of `spectrum` start from, and of each."""
+MORE_PARTS: dict[str, dict[str, Any]] = {
+    "without": {},
+    "critic": {"adversarial": {"start": 100, "warmup": 100, "ramp": 100}},
+    "own features": {"perceptual": {"network": "own", "steps": 400}},
+}
+"""What the arms of `spectrum` have in their loss besides: the default critic, or our own perceptual network."""
 STRIP_SIDES, MEMORY_SIDES = (256, 384, 512), (512, 1024, 2048)
 
 
@@ -39,9 +46,10 @@ def say(text: str) -> None:
 
 def name_of(arm: dict[str, Any]) -> str:
     """An arm's file name: all that decides its result."""
-    told = {key: value for key, value in arm.items() if key != "photographs"}
+    told = {key: value for key, value in sorted(arm.items()) if key != "photographs"}
     return "-".join(
-        "".join(str(int(x)) for x in value) if isinstance(value, list) else str(value) for value in told.values()
+        "".join(str(int(x)) for x in value) if isinstance(value, list) else str(value).replace(" ", "_")
+        for value in told.values()
     )
 
 
@@ -102,35 +110,35 @@ def best_variant(folder: Path, config: str) -> list[bool]:
 
 
 def equal_time(folder: Path, photographs: str | None, seeds: int) -> dict[str, Any]:
-    """PSNR of ours and of the peer's after equal time: KL and VQ, both sets, every seed."""
+    """PSNR of ours and of the peer's after equal time: KL and VQ, both sets, every seed.
+
+    The peer's rate is the best of `RATES` at the first seed; ours is `RATE`.
+    """
     found: dict[str, Any] = {}
     for config in ("kl", "vq"):
         variant = best_variant(folder, config)
         for pictures in ("emoji", "photographs") if photographs else ("emoji",):
-            rows = []
-            for seed in range(seeds):
-                shared: dict[str, Any] = {
-                    "kind": "train",
-                    "config": config,
-                    "set": pictures,
-                    "photographs": photographs,
-                }
-                shared |= {"seed": seed, "seconds": SECONDS, "rate": RATE}
-                arms = [shared | {"side": "ours"}, shared | {"side": "peer", "variant": variant}]
+            shared: dict[str, Any] = {"kind": "train", "config": config, "set": pictures, "photographs": photographs}
+            mine = shared | {"seconds": SECONDS, "rate": RATE, "side": "ours"}
+            other = shared | {"seconds": SECONDS, "side": "peer", "variant": variant}
+            arms = [mine | {"seed": 0}, *(other | {"seed": 0, "rate": rate} for rate in RATES)]
+            first = [row for pair in (arms[:2], arms[2:]) for row in run_at_once(folder, pair)]
+            tried = [row["psnr"] for row in first[1:]]
+            best = tried.index(max(tried))
+            rows = [[first[0], first[1 + best]]]
+            for seed in range(1, seeds):
+                arms = [mine | {"seed": seed}, other | {"seed": seed, "rate": RATES[best]}]
                 rows.append(run_at_once(folder, arms, turned=seed % 2 == 1))
             ours, peer = zip(*rows, strict=True)
-            found[f"{config} f4, {pictures}"] = {
+            found[f"{config} f4, {pictures}"] = row = {
                 "ours": [row["psnr"] for row in ours],
                 "peer": [row["psnr"] for row in peer],
                 "steps": [[row["steps"] for row in side] for side in (ours, peer)],
-                "variant": variant,
+                "peer_by_rate": dict(zip(map(str, RATES), tried, strict=True)),
+                "variant": told_variant(variant),
                 "at_least": all(a["psnr"] >= b["psnr"] for a, b in rows),
             }
-    say("\n| first stage, pictures | PSNR ours | PSNR peer | steps ours | steps peer | peer's variant |\n" + "|---" * 6)
-    for name, row in found.items():
-        cells = [" ".join(f"{x:.2f}" for x in row[side]) for side in ("ours", "peer")]
-        cells += [" ".join(map(str, steps)) for steps in row["steps"]] + [told_variant(row["variant"])]
-        say(f"| {name} | {' | '.join(cells)} |")
+            say(f"equal time, {config} f4, {pictures}: {row}")
     return found
 
 
@@ -165,7 +173,8 @@ def equal_error(folder: Path, seeds: int) -> dict[str, Any]:
         )
         told = f"{peer['psnr']:.2f} dB in {PEER_SECONDS:.0f} s; ours {rows[-1]['ratio']:.1f} times sooner"
         say(f"equal error, seed {seed}: {told}")
-    return {"rows": rows, "rate": rate, "rates": dict(zip(map(str, RATES), tried, strict=True)), "variant": variant}
+    by_rate = dict(zip(map(str, RATES), tried, strict=True))
+    return {"rows": rows, "rate": rate, "peer_by_rate": by_rate, "variant": told_variant(variant)}
 
 
 def radial(pictures: "Tensor") -> "Tensor":
@@ -185,11 +194,9 @@ def spectral_distance(decoded: "Tensor", pictures: "Tensor") -> float:
     return float(ratio.log().abs()[len(ratio) // 2 + 1 :].mean())
 
 
-def spectrum_recipe(name: str, seed: int, steps: int, critic: bool, start: Path | None) -> dict[str, Any]:
-    """A small first stage of f8 on emoji, with our default critic or without one."""
-    loss: dict[str, Any] = {"l1": 1.0, "pyramid": 0.5, "structure": 0.1, "kl": 1e-4}
-    if critic:
-        loss["adversarial"] = {"start": 100, "warmup": 100, "ramp": 100}
+def spectrum_recipe(name: str, seed: int, steps: int, part: dict[str, Any], start: Path | None) -> dict[str, Any]:
+    """A small first stage of f8 on emoji, with a part of the loss more."""
+    loss: dict[str, Any] = {"l1": 1.0, "pyramid": 0.5, "structure": 0.1, "kl": 1e-4} | part
     return {
         "stage": "autoencoder",
         "name": name,
@@ -223,12 +230,14 @@ def spectrum_arm(arm: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     from latentkit.applications.stages.train import train
     from latentkit.checkpoints.files import load_autoencoder
+    from latentkit.evaluation.metrics.features import features
+    from latentkit.evaluation.metrics.frechet import frechet
     from latentkit.training.recipe import parse_recipe
 
     name, seed = arm["arm"], arm["seed"]
     beginning = folder / "runs" / f"start-{seed}"
     steps, start = (START_STEPS, None) if name == "start" else (MORE_STEPS, beginning)
-    recipe = spectrum_recipe(f"{name}-{seed}", seed, steps, name == "critic", start)
+    recipe = spectrum_recipe(f"{name.replace(' ', '-')}-{seed}", seed, steps, MORE_PARTS.get(name, {}), start)
     path = train(parse_recipe(recipe), folder / "runs" / f"{name}-{seed}")
     network = load_autoencoder(path).autoencoder
     assert network is not None
@@ -239,22 +248,26 @@ def spectrum_arm(arm: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {
         "psnr": float(-10 * error.log10().mean()),
         "distance": spectral_distance(decoded, held),
+        "frechet": frechet(features(held), features(decoded)),
         "power_of_data": radial(held).tolist(),
         "power": radial(decoded).tolist(),
     }
 
 
 def spectrum(folder: Path, seeds: int) -> dict[str, Any]:
-    """The distance of spectra and PSNR with and without a critic, from the same start."""
+    """The distance of spectra, Frechet distance and PSNR with and without a critic, or own features, from one start."""
     rows = {}
     for seed in range(seeds):
         shared: dict[str, Any] = {"kind": "spectrum", "seed": seed}
-        names = ["start", "without", "critic"]
+        names = ["start", *MORE_PARTS]
         found = run_at_once(folder, [shared | {"arm": "start"}])
-        found += run_at_once(folder, [shared | {"arm": name} for name in names[1:]], turned=seed % 2 == 1)
-        rows[f"seed {seed}"] = {name: {k: row[k] for k in ("psnr", "distance")} for name, row in zip(names, found)}
+        for pair in (names[1:3], names[3:]):
+            found += run_at_once(folder, [shared | {"arm": name} for name in pair], turned=seed % 2 == 1)
+        rows[f"seed {seed}"] = {
+            name: {k: row[k] for k in ("psnr", "distance", "frechet")} for name, row in zip(names, found)
+        }
         for name, row in rows[f"seed {seed}"].items():
-            say(f"spectrum, seed {seed}, {name}: distance {row['distance']:.3f}, {row['psnr']:.2f} dB")
+            say(f"spectrum, seed {seed}, {name}: " + ", ".join(f"{key} {value:.4g}" for key, value in row.items()))
     return rows
 
 
