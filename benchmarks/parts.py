@@ -1,7 +1,10 @@
 """What the speed benchmark runs: each part's work by our library and by the peer, on the same weights and inputs."""
 
+import copy
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +12,7 @@ import peer
 import torch
 from torch import Tensor, nn
 
+from latentkit.applications.backend import Converted
 from latentkit.applications.generate import Result, generate
 from latentkit.applications.request import TextToImage
 from latentkit.checkpoints.files import load, save_model
@@ -70,7 +74,7 @@ QUICK = Sizes(
     steps=4,
     stable_diffusion=UNetConfig(channels=32, multipliers=(1, 2), depth=(1, 0), heads=2, context_width=768),
     stable_diffusion_first_stage=AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1),
-    stable_diffusion_latent=8,
+    stable_diffusion_latent=32,
 )
 
 
@@ -291,10 +295,16 @@ def generation_part(sizes: Sizes, folder: Path) -> Part:
     return Part(sizes.drawn, ours, theirs, check)
 
 
-def evaluated(config: UNetConfig | AutoencoderConfig, inputs: tuple[Tensor, ...], call: Callable[..., Tensor]) -> Part:
+def evaluated(
+    config: UNetConfig | AutoencoderConfig,
+    inputs: tuple[Tensor, ...],
+    call: Callable[..., Tensor],
+    cache: Path | None = None,
+) -> Part:
     """One evaluation of a large network in bfloat16; `call(network, *inputs)` makes it, alike for both sides.
 
-    Checked in float32 on a quarter of the side; "bfloat16" is our error in bfloat16 as a multiple of the peer's.
+    Ours is computed by OpenVINO where `cache` says where to keep its conversion. Checked in float32 on a quarter of
+    the side; "error" is our relative error in bfloat16, and "bfloat16" the same as a multiple of the peer's.
     """
 
     def network() -> nn.Module:
@@ -318,8 +328,19 @@ def evaluated(config: UNetConfig | AutoencoderConfig, inputs: tuple[Tensor, ...]
 
         return run
 
+    def engaged(module: nn.Module) -> nn.Module:
+        """The network, from now on computed by OpenVINO if that is asked for; it keeps no weights of its own then."""
+        if cache is not None:
+            os.environ["XDG_CACHE_HOME"] = str(cache)
+            name = "" if isinstance(module, UNet) else "decoder"
+            part = module.get_submodule(name)
+            vars(part)["forward"] = Converted(part, config, lambda: network().get_submodule(name))
+        return module
+
     def ours() -> Callable[[], Tensor]:
-        return prepared(network(), peer.Variant(True, True, False))
+        run = prepared(engaged(network().bfloat16()), peer.Variant(True, cache is None, False))
+        run()
+        return run
 
     def theirs(variant: peer.Variant, same: bool) -> Callable[[], Tensor]:
         other = peer.prepared(config, variant, network() if same else None)
@@ -331,28 +352,28 @@ def evaluated(config: UNetConfig | AutoencoderConfig, inputs: tuple[Tensor, ...]
 
     def check() -> dict[str, float]:
         small = tuple(x[..., : x.shape[-1] // 4, : x.shape[-1] // 4] if x.ndim == 4 else x for x in inputs)
-        mine = network()
-        other = peer.prepared(config, peer.Variant(False, False, False), mine).eval()
-        with torch.inference_mode():
-            exact = call(other, *small)
-            same = call(mine, *small)
-            halves = tuple(x.bfloat16() if x.ndim > 1 else x for x in small)
-            errors = [
-                float(
-                    (call(net.bfloat16(), *halves).float() - exact).square().mean().sqrt()
-                    / exact.square().mean().sqrt()
-                )
-                for net in (mine.to(memory_format=torch.channels_last), other)
-            ]
+        halves = tuple(x.bfloat16() if x.ndim > 1 else x for x in small)
+        with torch.no_grad():
+            mine = network()
+            other = peer.prepared(config, peer.Variant(False, False, False), mine).eval()
+            exact, rounded = call(other, *small), call(other.bfloat16(), *halves).float()
+            del other
+            low = copy.deepcopy(mine).bfloat16()
+            same = call(engaged(mine), *small)
+            del mine
+            own = call(engaged(low.to(memory_format=torch.channels_last)), *halves).float()
+        scale = exact.square().mean().sqrt()
+        errors = [float((each - exact).square().mean().sqrt() / scale) for each in (own, rounded)]
         return {
             "pictures": float((same - exact).abs().max() / exact.abs().max()),
+            "error": errors[0],
             "bfloat16": errors[0] / errors[1],
         }
 
     return Part(1, ours, theirs, check)
 
 
-def stable_diffusion_unet(sizes: Sizes, _: Path) -> Part:
+def stable_diffusion_unet(sizes: Sizes, folder: Path, openvino: bool = False) -> Part:
     """One evaluation of Stable Diffusion 1's U-Net with both guidance branches; weights are random."""
     config, side = sizes.stable_diffusion, sizes.stable_diffusion_latent
     x = keyed_batch(range(2), (config.channels_in, side, side), 0, "x")
@@ -363,10 +384,10 @@ def stable_diffusion_unet(sizes: Sizes, _: Path) -> Part:
             return network(x, timestep, context)
         return network(x, timestep, encoder_hidden_states=context).sample
 
-    return evaluated(config, (x, torch.full((2,), 500.0), context), call)
+    return evaluated(config, (x, torch.full((2,), 501.0), context), call, folder if openvino else None)
 
 
-def stable_diffusion_decode(sizes: Sizes, _: Path) -> Part:
+def stable_diffusion_decode(sizes: Sizes, folder: Path, openvino: bool = False) -> Part:
     """One picture through the decoder of Stable Diffusion's first stage; weights are random."""
     config, side = sizes.stable_diffusion_first_stage, sizes.stable_diffusion_latent
     z = keyed_batch(range(1), (config.latent_channels, side, side), 0, "z")
@@ -374,12 +395,14 @@ def stable_diffusion_decode(sizes: Sizes, _: Path) -> Part:
     def call(network: nn.Module, z: Tensor) -> Tensor:
         return network.decode(z) if isinstance(network, Autoencoder) else network.decode(z).sample
 
-    return evaluated(config, (z,), call)
+    return evaluated(config, (z,), call, folder if openvino else None)
 
 
 MAKERS = {
     "sd-unet": stable_diffusion_unet,
     "sd-decode": stable_diffusion_decode,
+    "sd-openvino": partial(stable_diffusion_unet, openvino=True),
+    "sd-openvino-decode": partial(stable_diffusion_decode, openvino=True),
     "autoencoder": autoencoder_part,
     "unet": unet_part,
     "generation": generation_part,
