@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from latentkit.checkpoints.adapters.lora_files import Lora, layers, read_lora, write_lora
+from latentkit.checkpoints.adapters.lora_files import Lora, read_lora, write_lora
+from latentkit.checkpoints.adapters.lora_names import layers
 from latentkit.checkpoints.names.diffusers_configs import unet_json
 from latentkit.checkpoints.names.diffusers_names import unet_pairs
 from latentkit.checkpoints.names.rename import given
@@ -103,6 +104,7 @@ def test_loha_and_locon_are_kept_by_kohya_and_refused_by_diffusers(model: Latent
 
 def test_every_layout_s_names_lead_to_the_same_weight(model: LatentDiffusion, tmp_path: Path) -> None:
     (change,) = changes(model, Q, alpha=None).values()
+    assert change.down is not None
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     sgm = "input_blocks.1.1.transformer_blocks.0.attn1.to_q"
     a, b = ".lora_A.weight", ".lora_B.weight"
@@ -125,6 +127,7 @@ def test_every_layout_s_names_lead_to_the_same_weight(model: LatentDiffusion, tm
     same({Q: change}, read_lora(tmp_path / "pickled.pt", model), model)
     text = "text_encoder.text_model.encoder.layers.1.self_attn"
     (change,) = changes(model, TEXT, alpha=None).values()
+    assert change.down is not None
     for number, (down, up) in enumerate(
         (
             (f"{text}.q_proj.lora_linear_layer.down.weight", f"{text}.q_proj.lora_linear_layer.up.weight"),
@@ -138,6 +141,7 @@ def test_every_layout_s_names_lead_to_the_same_weight(model: LatentDiffusion, tm
 
 def test_alpha_comes_from_the_metadata_that_diffusers_writes(model: LatentDiffusion, tmp_path: Path) -> None:
     (change,) = changes(model, Q, alpha=None).values()
+    assert change.down is not None
     place = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{place}.lora_A.weight": change.down, f"{place}.lora_B.weight": change.up}
     for values, alpha in (
@@ -170,10 +174,28 @@ def test_two_towers_have_files_of_their_own_names(tmp_path: Path) -> None:
         (lambda t: {k.replace("blocks_0_att", "blocks_7_att"): v for k, v in t.items()}, "blocks_7.*not known"),
         (lambda t: {k: v for k, v in t.items() if "lora_up" not in k}, "up is missing"),
         (lambda t: {k: v * float("nan") for k, v in t.items()}, "alpha and down and up is not finite"),
-        (lambda t: {k: v[:, :1] if "lora_down" in k else v for k, v in t.items()}, "another shape than the weight"),
+        (
+            lambda t: {k: v[:, :1] if "lora_down" in k else v for k, v in t.items()},
+            r"changes a weight of shape \(32, 1\); it is \(32, 32\)",
+        ),
         (lambda t: {k: v[:1] if "lora_down" in k else v for k, v in t.items()}, "do not fit each other"),
         (lambda t: t | {"unet." + PLACE + ".lora_A.weight": torch.ones(3, 32)}, "twice"),
         (lambda t: {}, "holds no tensors"),
+        (lambda t: {k: v * 0 if "alpha" in k else v for k, v in t.items()}, "alpha is no number above 0"),
+        (lambda t: {k: v.expand(2) if "alpha" in k else v for k, v in t.items()}, "alpha is no number above 0"),
+        (lambda t: {k: v[:, :0] if "lora_up" in k else v for k, v in t.items()}, "up is empty"),
+        (lambda t: {k: v.int() if "lora_up" in k else v for k, v in t.items()}, "up is not of floating type"),
+        (lambda t: {k: v.flatten() if "lora_" in k and "alpha" not in k else v for k, v in t.items()}, "do not fit"),
+        (lambda t: {k: v for k, v in t.items() if "lora_down" not in k}, "down is missing"),
+        (lambda t: t | {HEAD + ".dora_scale": torch.ones(7)}, "7 magnitudes"),
+        (lambda t: t | {HEAD + ".hada_w2_a": torch.ones(32, 2)}, "second down is missing"),
+        (lambda t: t | {HEAD + ".lokr_w1_b": torch.ones(2, 2)}, "left up is missing"),
+        (lambda t: t | {HEAD + ".oft_blocks": torch.ones(2)}, r"holds OFT \(lora_unet.*oft_blocks\), which is not run"),
+        (lambda t: t | {HEAD + ".oft_diag": torch.ones(2)}, "holds OFT"),
+        (lambda t: t | {HEAD + ".on_input": torch.ones(1)}, "holds IA3"),
+        (lambda t: t | {HEAD + ".a1.weight": torch.ones(1)}, "holds GLoRA"),
+        (lambda t: t | {HEAD + ".diff_b": torch.ones(1)}, "holds changes of biases"),
+        (lambda t: t | {"bundle_emb.cat.string_to_param.*": torch.ones(1)}, "holds embeddings beside the LoRA"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(spoil: Any, said: str, model: LatentDiffusion, tmp_path: Path) -> None:
@@ -184,6 +206,7 @@ def test_what_does_not_fit_is_refused_by_name(spoil: Any, said: str, model: Late
         read_lora(tmp_path / "bad.safetensors", model)
 
 
+HEAD = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 PLACE = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
@@ -192,9 +215,9 @@ def test_what_is_no_lora_at_all_is_refused(model: LatentDiffusion, tmp_path: Pat
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"a": print}, tmp_path / "code.pt")
     for name, said in (
-        ("text.safetensors", "damaged"),
-        ("list.pt", "no LoRA"),
-        ("code.pt", "more than tensors"),
+        ("text.safetensors", "neither safetensors nor"),
+        ("list.pt", "holds no tensors by name"),
+        ("code.pt", "print"),
         ("missing.safetensors", "cannot be read|No such file"),
     ):
         with pytest.raises(InputError, match=said):

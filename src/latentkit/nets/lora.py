@@ -1,7 +1,8 @@
 """LoRA: changes of a network's weights that are kept apart from them, and put on at any strength."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,39 +14,57 @@ from latentkit.errors import InputError
 class Change:
     """A low-rank change of one weight: scale up down, with scale = alpha / rank.
 
-    `down` is `r i` or `r i kh kw`, `up` is `o r` or `o r 1 1` (Hu et al. 2022). `middle` `r r kh kw` stands between
-    them in a convolution (LoCon). A second pair makes it the elementwise product of two such changes (LoHa), each with
-    a middle or none. `magnitude` holds the norms that the changed weight gets for each output (`o`, `o 1` ...) or each
-    input (`1 i` ...) (DoRA, Liu et al. 2024).
+    `down` is `r i` or `r i kh kw`, `up` is `o r` or `o r 1 1` (Hu et al. 2022); without `down`, `up` is the whole
+    product, of rank 1. `middle` `r r kh kw` stands between them in a convolution (LoCon). A second pair makes it the
+    elementwise product of two such changes (LoHa), one at the left their Kronecker product (LoKr; Yeh et al. 2024),
+    each with a middle or none. `magnitude` holds the norms that the changed weight gets for each output (`o`, `o 1`
+    ...) or each input (`1 i` ...) (DoRA, Liu et al. 2024).
     """
 
-    down: Tensor
+    down: Tensor | None
     up: Tensor
     alpha: float | None = None
     """None: the rank."""
     middle: Tensor | None = None
     second: "Change | None" = None
+    left: "Change | None" = None
     magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Of the (first) product."""
-        return self.up.shape[1]
+        return 1 if self.down is None else self.up.shape[1]
+
+    def shapes(self) -> "Change":
+        """The same without values, to be tried on a weight that has none either."""
+        bare: dict[str, Any] = {}
+        for field in fields(self):
+            part = getattr(self, field.name)
+            if isinstance(part, Tensor | Change):
+                bare[field.name] = part.to("meta") if isinstance(part, Tensor) else part.shapes()
+        return replace(self, **bare)
 
     def product(self) -> Tensor:
         """up down, without the scale, float32: `o i` or `o i kh kw`."""
-        down, up = self.down.float(), self.up.float().flatten(1)
+        if self.down is None:
+            whole = self.up.float()
+        else:
+            whole = self._low_rank(self.down.float(), self.up.float().flatten(1))
+        if self.left is not None:
+            left = self.left.product()
+            whole = torch.kron(left.reshape(*left.shape, *(1,) * (whole.ndim - left.ndim)), whole.contiguous())
+        return whole if self.second is None else whole * self.second.product()
+
+    def _low_rank(self, down: Tensor, up: Tensor) -> Tensor:
         if self.middle is not None:
             middle = torch.einsum("or,rskl->oskl", up, self.middle.float())
-            whole = torch.einsum("oskl,si->oikl", middle, down.flatten(1))
-        else:
-            whole = (up @ down.flatten(1)).unflatten(1, down.shape[1:])
-        return whole if self.second is None else whole * self.second.product()
+            return torch.einsum("oskl,si->oikl", middle, down.flatten(1))
+        return (up @ down.flatten(1)).unflatten(1, down.shape[1:])
 
     def applied(self, weight: Tensor, strength: float) -> Tensor:
         """The weight with `strength` of the change, float32; InputError where their shapes do not fit."""
         scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        change = self.product() * scale
+        change = (self.product() * scale).to(weight.device)
         if change.numel() != weight.numel() or change.shape[0] != weight.shape[0]:
             raise InputError(f"a LoRA changes a weight of shape {tuple(change.shape)}; it is {tuple(weight.shape)}")
         weight = weight.float()
@@ -56,7 +75,7 @@ class Change:
 
     def _rescaled(self, weight: Tensor) -> Tensor:
         assert self.magnitude is not None
-        magnitude, rows = self.magnitude.float().flatten(), weight.flatten(1)
+        magnitude, rows = self.magnitude.to(weight.device).float().flatten(), weight.flatten(1)
         if self.magnitude.shape[:1] == magnitude.shape == (len(rows),):
             return weight * (magnitude / rows.norm(dim=1)).reshape(-1, *(1,) * (weight.ndim - 1))
         columns = weight.transpose(0, 1).flatten(1)
