@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from latentkit.applications.pictures import open_data
 from latentkit.applications.stages.train import train
 from latentkit.applications.stages.train_diffusion import encoder_digest
 from latentkit.checkpoints.files import load_autoencoder
@@ -162,3 +163,25 @@ def test_known_weights_are_read_from_files(pictures: Path, tmp_path: Path) -> No
     torch.save({"a": 3}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="something other than named tensors"):
         read_tensors(tmp_path / "other.pth")
+
+
+def test_pictures_of_several_shapes_and_sizes(pictures: Path, tmp_path: Path) -> None:
+    """Tall and wide ones keep their shape; random parts at two sizes, turned latents, a critic and codes at once."""
+    for number in range(6):
+        with Image.open(pictures / f"{number}.png") as wide:
+            wide.resize((48, 32)).save(tmp_path / f"{number}.png")
+            wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{number + 6}.png")
+    transform = {"size": 16, "channels": 3, "crop": "random", "zoom": 2, "buckets": True, "flips": "h"}
+    network = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": False, "codes": 16, "latent_channels": 2}
+    asked = recipe(
+        pictures,
+        data={"path": str(tmp_path), "transform": transform},
+        network=network,
+        loss={"adversarial": CRITIC, "equivariance": 0.25},
+    )
+    train(asked, tmp_path / "run")
+    last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][-1]
+    assert last["validation/psnr"] > 5
+    assert last["step"] == 6
+    shown = open_data(asked.data, 0, asked.network.downsampling)[0]
+    assert {shown.shapes[bucket] for bucket in shown.buckets or ()} == {(20, 12), (12, 20)}
