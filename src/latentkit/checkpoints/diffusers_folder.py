@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE, OUR_UNET, built, filled, folded, statistics, usual_scale
-from latentkit.checkpoints.names import diffusers_names, tower_names
+from latentkit.checkpoints.names import diffusers_names, tiny_names, tower_names
 from latentkit.checkpoints.names.diffusers_configs import (
     VERSION,
     Statistics,
@@ -30,12 +30,14 @@ from latentkit.model.conditioners.image import ImageConfig
 from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS, NumbersConfig
 from latentkit.model.denoiser import ConsistencyConfig, PredictionName
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
+from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.tiny import TinyConfig
 from latentkit.nets.unet import UNetConfig
 
 INDEX = "model_index.json"
 PARTS = {
     "unet": ("UNet2DConditionModel", "UNet2DModel"),
-    "vae": ("AutoencoderKL", "VQModel"),
+    "vae": ("AutoencoderKL", "VQModel", tiny_names.CLASS),
     "vqvae": ("AutoencoderKL", "VQModel"),
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
@@ -86,7 +88,7 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
     network, place = unet_config(str(path / "unet" / "config.json"), unet_json_)
     coder = "vqvae" if "vqvae" in kinds else "vae"
     coder_json = read_json(path / coder / "config.json") | {"_class_name": kinds[coder]}
-    first_stage, scaling = autoencoder_config(str(path / coder / "config.json"), coder_json)
+    first_stage, scaling = _first_stage(str(path / coder / "config.json"), coder_json)
     towers, state = _towers(path, kinds)
     cells = unet_json_.get("sample_size") or 64
     cells = cells if isinstance(cells, int) else cells[0]
@@ -117,12 +119,20 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
     return _matched(path, model, place, coder, scaling, variant)
 
 
+def _first_stage(what: str, values: Mapping[str, Any]) -> tuple[AutoencoderConfig | TinyConfig, Statistics]:
+    """Our config of an autoencoder of any class, and the statistics that its latents are scaled with."""
+    if values["_class_name"] != tiny_names.CLASS:
+        return autoencoder_config(what, values)
+    config, scale, shift = tiny_names.tiny_config(what, values)
+    return config, Statistics((shift,) * config.latent_channels, (1 / scale,) * config.latent_channels)
+
+
 def _affordable(path: Path, architecture: Architecture) -> None:
     """Refuse configs that ask for absurdly many blocks before any is built."""
     network, towers = architecture.network, architecture.towers()
     blocks = [network.blocks * (1 + depth) for depth in network.depth] + [network.middle_depth]
     blocks += [tower.layers for tower in towers]
-    if architecture.first_stage:
+    if isinstance(architecture.first_stage, AutoencoderConfig):
         blocks.append(architecture.first_stage.blocks * len(architecture.first_stage.multipliers))
     if sum(blocks) > 2000:
         raise InputError(f"{path}: its configs ask for {sum(blocks)} blocks; at most 2000 are built")
@@ -266,7 +276,11 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     wave = architecture.numbers.width if architecture.numbers and architecture.numbers.width else 256
     configs: dict[str, dict[str, Any]] = {
         "unet": unet_json(architecture.network, cells, place, wave),
-        coder: autoencoder_json(stage, architecture.size[0], scale),
+        coder: (
+            tiny_names.tiny_json(stage, scale)
+            if isinstance(stage, TinyConfig)
+            else autoencoder_json(stage, architecture.size[0], scale)
+        ),
         "scheduler": _scheduler_json(architecture),
     }
     if (consistent := architecture.consistency) is not None:

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from latentkit.errors import InputError, nearest, wording
-from latentkit.model.first_stage import FirstStage
+from latentkit.model.first_stage import KINDS, FirstStage, FirstStageConfig
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.tiny import TinyConfig
 from latentkit.nets.unet import UNetConfig
 
 FORMAT: Literal[1] = 1
@@ -57,7 +58,7 @@ def invalid(error: ValidationError, what: str, allowed: Iterable[str] = (), exit
     """The first lines of a pydantic error as an `InputError` about `what`; unknown names get the nearest `allowed`."""
     lines = []
     for entry in error.errors(include_url=False)[:4]:
-        place = ".".join(str(part) for part in entry["loc"]) or "it"
+        place = ".".join(str(part) for part in entry["loc"] if part not in KINDS) or "it"
         if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{place!r} is unknown" + (f"; {nearest(place, allowed)}" if allowed else ""))
         else:
@@ -213,7 +214,7 @@ def load_autoencoder(
     document, tensors = _read(path, None)
     if document.kind == "latent-diffusion":
         return load_model(path, device, dtype)[0].first_stage
-    config = _architecture(path, document, AutoencoderConfig)
+    config = _architecture(path, document, FirstStageConfig)
     _check_cost(path, [config], len(tensors))
     try:
         with torch.device("meta"), Shapes():
@@ -333,7 +334,7 @@ def _document(path: Path, metadata: dict[str, str], kind: Kind | None) -> _Docum
     return document
 
 
-def _architecture(path: Path, document: _Document, config: type[Any]) -> Any:
+def _architecture(path: Path, document: _Document, config: Any) -> Any:
     schedule = document.architecture.get("schedule")
     steps = schedule.get("steps") if isinstance(schedule, dict) else None
     if isinstance(steps, int) and steps > MAX_SCHEDULE:
@@ -348,7 +349,9 @@ def _check_cost(path: Path, parts: list[Any], tensors: int) -> None:
     """Refuse configs that ask for more blocks than the file has tensors, before any is built."""
     blocks: list[int] = []
     for part in parts:
-        if isinstance(part, AutoencoderConfig):
+        if isinstance(part, TinyConfig):
+            blocks += part.blocks
+        elif isinstance(part, AutoencoderConfig):
             blocks.append(len(part.multipliers) * part.blocks)
         elif isinstance(part, UNetConfig):
             blocks += [part.blocks * (1 + depth) for depth in part.depth] + [part.middle_depth]

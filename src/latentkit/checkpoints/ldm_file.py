@@ -20,6 +20,7 @@ from latentkit.checkpoints.storage.tensors import write_tensors
 from latentkit.checkpoints.storage.vocabulary import has_bert, read_bert
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
+from latentkit.nets.tiny import TinyConfig
 
 OUR_UNET, OUR_FIRST_STAGE = "denoiser.unet.", "first_stage.autoencoder."
 TEXT_ROOT = "cond_stage_model.transformer."
@@ -172,6 +173,10 @@ def folded(model: LatentDiffusion, scale: float, dtype: torch.dtype | None = Non
     assert stage.autoencoder is not None
     if torch.allclose(ratio, torch.ones_like(ratio), rtol=1e-6) and not mean.any():
         return {}
+    if isinstance(stage.autoencoder.config, TinyConfig):
+        raise InputError(
+            "latent statistics by channel cannot be folded into a tiny autoencoder, which bounds its latents"
+        )
     if stage.autoencoder.config.codes:
         raise InputError("latent statistics cannot be folded into an autoencoder with a codebook")
     to, back = stage.autoencoder.to_moments, stage.autoencoder.from_latent

@@ -2,14 +2,30 @@
 
 import os
 import tempfile
+from typing import Annotated, Any, cast
 
 import torch
 from jaxtyping import Float
+from pydantic import Discriminator, Tag
 from torch import Tensor, nn
 
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.bottleneck import Posterior, posterior
 from latentkit.nets.strips import Strips
+from latentkit.nets.tiny import TinyAutoencoder, TinyConfig
+
+KINDS = ("autoencoder", "tiny")
+
+
+def _kind(value: Any) -> str:
+    """Which of `KINDS` plain values, or a config, are: only a tiny one's blocks are listed by level."""
+    blocks = value.get("blocks") if isinstance(value, dict) else getattr(value, "blocks", None)
+    return KINDS[isinstance(blocks, list | tuple)]
+
+
+FirstStageConfig = Annotated[
+    Annotated[AutoencoderConfig, Tag(KINDS[0])] | Annotated[TinyConfig, Tag(KINDS[1])], Discriminator(_kind)
+]
 
 WHOLE_PIXELS = 1 << 22
 """Pixels of a batch up to which it passes the autoencoder whole: 2048 x 2048, or four of 1024 x 1024."""
@@ -24,9 +40,13 @@ class FirstStage(nn.Module):
     latent_mean: Tensor
     latent_std: Tensor
 
-    def __init__(self, config: AutoencoderConfig | None, picture_channels: int) -> None:
+    def __init__(self, config: FirstStageConfig | None, picture_channels: int) -> None:
         super().__init__()
-        self.autoencoder = Autoencoder(config) if config else None
+        self.autoencoder: Autoencoder | None = None
+        if isinstance(config, TinyConfig):
+            self.autoencoder = cast(Autoencoder, TinyAutoencoder(config))  # it offers the same
+        elif config is not None:
+            self.autoencoder = Autoencoder(config)
         self.picture_channels = picture_channels
         self.latent_channels = config.latent_channels if config else picture_channels
         self.downsampling = config.downsampling if config else 1
@@ -47,7 +67,7 @@ class FirstStage(nn.Module):
         """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (identity: the pixels, no variance)."""
         if self.autoencoder is None:
             return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1).float()
-        strips = self._strips(self.autoencoder, pixels[:, 0].numel())
+        strips = self._strips(pixels[:, 0].numel())
         found: Posterior = (strips or self.autoencoder).encode(pixels.to(self.dtype))
         return torch.cat(found, dim=1).to(self.latent_mean.device)
 
@@ -71,15 +91,21 @@ class FirstStage(nn.Module):
         raw = z.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         if self.autoencoder is None:
             return raw
-        strips = self._strips(self.autoencoder, raw[:, 0].numel() * self.downsampling**2)
+        strips = self._strips(raw[:, 0].numel() * self.downsampling**2)
         return (strips or self.autoencoder).decode(raw.to(self.dtype)).float().to(raw.device)
 
-    def _strips(self, network: Autoencoder, pixels: int) -> Strips | None:
+    def _strips(self, pixels: int) -> Strips | None:
         """What a batch of so many pixels passes instead of the whole network, if it is large: the values are the same.
 
         What lies between the segments goes to files where it would fill more than half of the free memory.
         """
-        if pixels <= WHOLE_PIXELS or torch.is_grad_enabled():
+        network = self.autoencoder
+        if (
+            pixels <= WHOLE_PIXELS
+            or torch.is_grad_enabled()
+            or network is None
+            or isinstance(network.config, TinyConfig)
+        ):
             return None
         widest = max(network.config.channels * m for m in network.config.multipliers) * self.dtype.itemsize
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

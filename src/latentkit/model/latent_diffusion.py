@@ -19,8 +19,7 @@ from latentkit.model.conditioners.numbers import NumbersConditioner, NumbersConf
 from latentkit.model.conditioners.text import TextConditioner
 from latentkit.model.conditioning import Conditioning, merge
 from latentkit.model.denoiser import ConsistencyConfig, Denoiser, PredictionName
-from latentkit.model.first_stage import FirstStage
-from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.model.first_stage import FirstStage, FirstStageConfig
 from latentkit.nets.towers import BertTextConfig, TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
 
@@ -47,7 +46,7 @@ class Architecture:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     network: UNetConfig
-    first_stage: AutoencoderConfig | None = None
+    first_stage: FirstStageConfig | None = None
     """None: the identity first stage, diffusion on pixels."""
     picture_channels: int = 3
     concat_channels: int = 0

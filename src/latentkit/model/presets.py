@@ -18,6 +18,7 @@ from latentkit.model.conditioners.numbers import REFINER_NUMBERS, SDXL_NUMBERS, 
 from latentkit.model.denoiser import PredictionName
 from latentkit.model.latent_diffusion import Architecture
 from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.tiny import TinyConfig
 from latentkit.nets.towers import BertTextConfig
 from latentkit.nets.unet import UNetConfig
 
@@ -43,6 +44,9 @@ FIRST_STAGES = {
     "x4-upscaler": replace(KL_F4, latent_channels=4),
 }
 """The first stages of the paper's zoo (table 8), and the x4 upscaler's."""
+
+TINY = {"taesd": TinyConfig((1, 3, 3, 3)), "taesd3": TinyConfig((1, 3, 3, 3), latent_channels=16)}
+"""Tiny autoencoders (Bohan 2023): of Stable Diffusion 1, 2 and XL, and of those with 16 latent channels."""
 
 SCHEDULE = NoiseSchedule(kind="scaled_linear", beta_start=0.00085, beta_end=0.012)
 """Stable Diffusion's noise, all versions."""

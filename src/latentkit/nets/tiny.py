@@ -47,6 +47,11 @@ class TinyConfig:
         return False
 
     @property
+    def codes(self) -> None:
+        """It rounds latents to nothing."""
+        return None
+
+    @property
     def halo(self) -> int:
         """Latent cells beyond a strip that can have a say in it, on either way."""
         return -(-sum((3 * count + 2) << level for level, count in enumerate(self.blocks)) // self.downsampling)
@@ -129,7 +134,8 @@ class TinyDecoder(nn.Module):
 class TinyAutoencoder(nn.Module):
     """Encoder and decoder, nothing between them (Bohan 2023, github.com/madebyollin/taesd).
 
-    Large pictures pass it in strips of rows whose halo holds all that has a say, so that the values are the same.
+    It offers what `Autoencoder` does, to go wherever that goes. Large pictures pass it in strips of rows whose halo
+    holds all that has a say, so that the values are the same.
     """
 
     codebook = levels = None

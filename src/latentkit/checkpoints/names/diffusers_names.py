@@ -2,9 +2,11 @@
 
 from latentkit.checkpoints.names.ldm_names import AUTOENCODER_RESIDUAL, Layers, leaves, transformer
 from latentkit.checkpoints.names.rename import Pair, paired
+from latentkit.checkpoints.names.tiny_names import tiny_pairs
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.controlnet import ControlNet
+from latentkit.nets.tiny import TinyConfig
 from latentkit.nets.unet import UNet, UNetConfig
 
 RESIDUAL = AUTOENCODER_RESIDUAL | {"embedding": "time_emb_proj", "skip": "conv_shortcut"}
@@ -53,11 +55,13 @@ def _unet(config: UNetConfig, vector: str) -> Layers:
 
 
 def autoencoder_pairs(network: Autoencoder) -> list[Pair]:
-    """Every parameter of the autoencoder beside its name in AutoencoderKL, or VQModel where it has a codebook.
+    """Every parameter of the autoencoder beside its name in AutoencoderKL, VQModel (a codebook's) or AutoencoderTiny.
 
     Errors: InputError for what that layout cannot hold.
     """
     config = network.config
+    if isinstance(config, TinyConfig):
+        return tiny_pairs(network)
     for name, wanted in (("stem", 1), ("levels", None), ("variance", True)):
         if getattr(config, name) != wanted:
             got = getattr(config, name)

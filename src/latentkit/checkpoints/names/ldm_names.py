@@ -9,6 +9,7 @@ from latentkit.checkpoints.names.rename import Pair, paired
 from latentkit.errors import InputError
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.controlnet import ControlNet
+from latentkit.nets.tiny import TinyConfig
 from latentkit.nets.unet import UNet, UNetConfig
 
 UNET, FIRST_STAGE, EMA = "model.diffusion_model.", "first_stage_model.", "model_ema."
@@ -120,6 +121,8 @@ def autoencoder_pairs(network: Autoencoder) -> list[Pair]:
     Errors: InputError for what that layout cannot hold.
     """
     config = network.config
+    if isinstance(config, TinyConfig):
+        raise InputError("the CompVis layout holds no tiny autoencoder; diffusers' and our own do")
     for name, wanted in (("stem", 1), ("levels", None), ("variance", True)):
         if getattr(config, name) != wanted:
             got = getattr(config, name)
