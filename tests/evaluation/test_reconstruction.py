@@ -28,7 +28,7 @@ from latentkit.evaluation.first_stage import (
 )
 from latentkit.evaluation.metrics.features import NETWORK
 from latentkit.evaluation.reconstruction import as_stored, beside, reconstruct
-from latentkit.model.first_stage import FirstStage
+from latentkit.model.first_stage import WHOLE_PIXELS, FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.perceptual import FeatureConfig, OwnTrunk, PerceptualDistance, Trunk
 
@@ -220,7 +220,7 @@ def test_a_large_file_of_another_kind_is_not_read_whole(tmp_path):
 def test_large_pictures_pass_in_strips(monkeypatch):
     stage, x = made(), torch.rand(3, 33, 64) * 2 - 1
     whole, used = reconstruct(stage, x), []
-    monkeypatch.setattr("latentkit.model.first_stage.WHOLE_PIXELS", 1000)
+    monkeypatch.setitem(WHOLE_PIXELS, "cpu", 1000)
     real = FirstStage._strips
     monkeypatch.setattr(FirstStage, "_strips", lambda *given: used.append(real(*given)) or used[-1])
     again = reconstruct(stage, x)

@@ -245,9 +245,16 @@ class Upsample(nn.Module):
         """`b c h w -> b c 2h 2w`, or to `size` where the level below it was odd."""
         h, w = x.shape[2:]
         if bf16_on_cpu(x) and h * w >= MERGED_CELLS and size in (None, (2 * h, 2 * w)):
-            kernel = _merged(_merged(self.conv.weight.float(), 2), 3).transpose(0, 1).to(self.conv.weight.dtype)
-            return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+            return self.doubled(x, self.merged())
         return self.conv(F.interpolate(x, size or (2 * h, 2 * w), mode="nearest"))
+
+    def merged(self) -> Tensor:
+        """The kernel of the transposed convolution."""
+        return _merged(_merged(self.conv.weight.float(), 2), 3).transpose(0, 1).to(self.conv.weight.dtype)
+
+    def doubled(self, x: Tensor, merged: Tensor) -> Tensor:
+        """`b c h w -> b c 2h 2w` by the transposed convolution."""
+        return F.conv_transpose2d(x, merged, self.conv.bias, stride=2, padding=1)
 
 
 def _merged(kernel: Tensor, dim: int) -> Tensor:
