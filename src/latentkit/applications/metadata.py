@@ -12,7 +12,7 @@ import latentkit
 from latentkit.applications.attachment import Guide
 from latentkit.applications.backend import version
 from latentkit.applications.request import Request
-from latentkit.checkpoints.files import Model, invalid
+from latentkit.checkpoints.files import Model, Place, compute_type, invalid
 from latentkit.errors import InputError
 
 FORMAT: Literal[1] = 1
@@ -32,6 +32,8 @@ A1111_SPACINGS = {
     "beta_sigma": "Beta",
 }  # fmt: skip
 Text = Annotated[str, StringConstraints(max_length=300)]
+PartName = Literal["conditioners", "denoiser", "refiner", "first_stage"]
+"""Parts of what draws a picture, in the order of their turns."""
 
 
 class Machine(BaseModel):
@@ -63,6 +65,10 @@ class Record(BaseModel):
     row: int = Field(ge=0)
     batch: int = Field(ge=1, le=MAX_BATCH)
     machine: Machine
+    wide: tuple[PartName, ...] | None = None
+    """Parts that computed in float32, because their values left the range of the model's type."""
+    strips: Literal[True] | None = None
+    """It passed the first stage in strips, whatever its size."""
 
     def differences(self, model: Model) -> list[str]:
         """What differs here from where the picture was drawn, each as a phrase; empty where bytes are promised."""
@@ -76,8 +82,10 @@ class Record(BaseModel):
 def machine(model: Model, backend: str | None = None) -> Machine:
     """This machine, with the device and type that `model` computes in; InputError for a backend not at hand."""
     parameter = next(model.network.denoiser.parameters())
-    if parameter.device.type == "cuda":
-        device = f"cuda {torch.cuda.get_device_name(parameter.device)}"
+    place = model.place or Place(parameter.device, parameter.dtype)
+    dtype = place.dtype or compute_type(parameter.dtype, place.device)
+    if place.device.type == "cuda":
+        device = f"cuda {torch.cuda.get_device_name(place.device)}"
     else:
         fast = (torch.cpu._is_avx512_bf16_supported(), torch.cpu._is_amx_tile_supported())
         extras = [name for name, there in zip(("bf16", "amx"), fast) if there]
@@ -87,7 +95,7 @@ def machine(model: Model, backend: str | None = None) -> Machine:
         torch=torch.__version__,
         device=device,
         threads=torch.get_num_threads(),
-        dtype=str(parameter.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
         openvino=version() if backend == "openvino" else None,
     )
 

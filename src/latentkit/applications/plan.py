@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from latentkit.applications.attachment import Guide
+from latentkit.applications.metadata import PartName
 from latentkit.applications.request import Request, Terms, known
 from latentkit.applications.tasks.places import placed
 from latentkit.data.pictures import resize, to_tensor
@@ -38,6 +39,22 @@ class Plan(NamedTuple):
     """The step from which on another denoiser takes the place of `denoise`."""
 
 
+class NotFiniteError(ArithmeticError):
+    """A part gave NaN or infinite values for the picture of that row."""
+
+    def __init__(self, part: PartName, row: int = 0) -> None:
+        super().__init__(part, row)
+        self.part, self.row = part, row
+
+
+def checked(values: Tensor, part: PartName) -> Tensor:
+    """The same rows; NotFiniteError where one holds NaN or infinite values."""
+    if not torch.isfinite(values).all():
+        rows = torch.isfinite(values).flatten(1).all(1)
+        raise NotFiniteError(part, int(rows.logical_not().nonzero()[0]))
+    return values
+
+
 Prepare = Callable[[LatentDiffusion, Sequence[Request], PictureNoise], Plan]
 """An application: resolved requests that differ only in words, seeds and pictures, to their plan."""
 NOT_REFINED = ("refiner", "lora", "control")
@@ -52,7 +69,16 @@ def sigmas_of(network: LatentDiffusion, request: Request) -> np.ndarray:
 
 def encoded(network: LatentDiffusion, pictures: Tensor) -> Tensor:
     """The latents of pictures `b c h w`, one at a time, so that a batch equals its singles."""
-    return torch.cat([network.first_stage.encode(one[None]) for one in pictures])
+    return checked(torch.cat([network.first_stage.encode(one[None]) for one in pictures]), "first_stage")
+
+
+def conditioned(network: LatentDiffusion, values: dict[str, list[Any]], count: int) -> Conditioning:
+    """`LatentDiffusion.condition`, with finite values."""
+    found = network.condition(values, count)
+    for slot in (found.context, found.vector, found.concat):
+        if slot is not None:
+            checked(slot, "conditioners")
+    return found
 
 
 def fitted(x: Tensor, height: int, width: int, multiple: int, *, alpha: bool = False) -> Tensor:
@@ -122,11 +148,11 @@ def guided(
     bind = partial(network.denoiser.bind, controls=controls)
     always = merge([beside or Conditioning(), _depths(network, requests), _strength(network, first, count), hints])
     asked = _told(network, requests)
-    told = [merge([network.condition(asked, count), always])]
+    told = [merge([conditioned(network, asked, count), always])]
     for words, _ in first.also or ():
         name = "text" if "text" in network.conditioners else "label"
         more = {**asked, name: [_worded(first, name, words)] * count}
-        told.append(merge([network.condition(more, count), always]))
+        told.append(merge([conditioned(network, more, count), always]))
     alone = bind(told[0])
     path = sigmas_of(network, first) if path is None else path
     steered = (first.guidance_scale != 1 or first.guidance_kind == "cfg++") and not network.architecture.distilled
@@ -234,7 +260,7 @@ def _absent(network: LatentDiffusion, requests: Sequence[Request]) -> Conditioni
     values |= _numbers(network, requests, away=True)
     if "map" in network.conditioners:
         values |= {"map": placed(network, requests)["map"]}
-    return network.condition(values, len(requests))
+    return conditioned(network, values, len(requests))
 
 
 def _worded(request: Request, name: str, words: str | None) -> str | Prompt | None:
@@ -278,7 +304,7 @@ def _weaker(guide: Guide, asked: dict[str, list[Any]], count: int, always: Condi
     network = known(guide.model).network
     understood = {name: values for name, values in asked.items() if name in network.conditioners}
     beside = Conditioning(concat=always.concat if network.architecture.concat_channels else None)
-    return network.denoiser.bind(merge([network.condition(understood, count), beside]))
+    return network.denoiser.bind(merge([conditioned(network, understood, count), beside]))
 
 
 def from_noise(network: LatentDiffusion, requests: Sequence[Request], noise: PictureNoise) -> Plan:

@@ -19,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from latentkit.checkpoints.names.rename import finite
+from latentkit.checkpoints.storage.archive import read_archive
+from latentkit.checkpoints.storage.mapping import let_go
 from latentkit.errors import InputError, nearest, wording
 from latentkit.model.first_stage import KINDS, FirstStage, FirstStageConfig
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
@@ -32,7 +35,15 @@ RUN_MODEL = "model.safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 MAX_SCHEDULE = 100_000
+CHUNK = 1 << 24
 Kind = Literal["latent-diffusion", "autoencoder"]
+
+
+class Place(NamedTuple):
+    """Where weights compute, and in which type (None: see `compute_type`)."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
 
 
 class Model(NamedTuple):
@@ -42,6 +53,8 @@ class Model(NamedTuple):
     provenance: dict[str, Any] = {}  # noqa: RUF012
     name: str = "unsaved"
     digest: str = ""
+    place: Place | None = None
+    """Where its parts compute when it is their turn, if they rest in their file (`load` with `low_memory`)."""
 
 
 class _Document(BaseModel):
@@ -125,28 +138,54 @@ def compute_type(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Model:
+def brought(weight: Tensor, place: Place) -> Tensor:
+    """A weight as it computes at `place`, laid out as is fastest there; the same tensor where nothing changes."""
+    dtype = place.dtype or compute_type(weight.dtype, place.device)
+    convolution = weight.ndim == 4 and dtype == torch.bfloat16
+    return weight.to(place.device, dtype, memory_format=torch.channels_last if convolution else torch.preserve_format)
+
+
+def bring(parameter: nn.Parameter, place: Place) -> None:
+    """Let a parameter hold its weight as it computes at `place`; what is copied from a file leaves memory there."""
+    weight = parameter.data
+    ready = brought(weight, place)
+    parameter.data = ready
+    if ready is not weight:
+        let_go([weight])
+
+
+def load(
+    name: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    low_memory: bool = False,
+) -> Model:
     """The model called `name` (see `find`), ready to generate, on `device` (a GPU where there is one).
 
-    Files and folders of other programs are read too (see `layouts.py`).
+    Files and folders of other programs are read too (see `layouts.py`). With `low_memory` its parts rest in the file,
+    and are in memory and on the device only while `generate` needs them.
     """
     from latentkit.checkpoints import layouts, probe  # they read our own files with what is here
+    from latentkit.checkpoints.parts import Parts
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = Place(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), dtype)
     foreign = Path(name)
-    if str(name) not in shipped() and foreign.exists() and layouts.layout_of(foreign) != "latentkit":
-        network, provenance, _, certain = layouts.open_model(foreign)
+    if str(name) in shipped() or not foreign.exists() or layouts.layout_of(foreign) == "latentkit":
+        path = find(name)
+        network, provenance = load_model(path, place.device, dtype, low_memory)
+        stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
+        return Model(network, provenance, stem, digest(path), place if low_memory else None)
+    network, provenance, _, certain = layouts.open_model(foreign)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(place.device)
+    if not low_memory:
         for parameter in network.parameters():
-            parameter.data = parameter.data.to(device, dtype or compute_type(parameter.dtype, device))
-        for buffer in network.buffers():
-            buffer.data = buffer.data.to(device)
-        if not certain:
+            bring(parameter, place)
+    if not certain:
+        with Parts({"model": [(network, place)]}) as parts:
+            parts.turn("model")
             probe.settle(network, str(foreign))
-        return Model(network, provenance, foreign.stem, layouts.digest_of(foreign))
-    path = find(name)
-    network, provenance = load_model(path, device, dtype)
-    stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
-    return Model(network, provenance, stem, digest(path))
+    return Model(network, provenance, foreign.stem, layouts.digest_of(foreign), place if low_memory else None)
 
 
 def save_model(
@@ -172,14 +211,18 @@ def save_model(
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    resting: bool = False,
 ) -> tuple[LatentDiffusion, dict[str, Any]]:
     """The model in the file at `path`, frozen and in evaluation mode, and its provenance.
 
-    `dtype` None takes `compute_type`. Errors: InputError names what is wrong with the file.
+    `dtype` None takes `compute_type`; `resting` weights are mapped, as they lie in the file. Errors: InputError names
+    what is wrong with the file.
     """
     path = Path(path)
-    document, tensors = _read(path, "latent-diffusion")
+    document, tensors = _read(path, "latent-diffusion", resting)
     architecture = _architecture(path, document, Architecture)
     _check_cost(path, [architecture.network, architecture.first_stage, *architecture.towers()], len(tensors))
     try:
@@ -191,7 +234,7 @@ def load_model(
             raise ValueError("its parts do not fit together")
     except Exception as error:
         raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
-    _fill(path, model, tensors, torch.device(device), dtype)
+    _fill(path, model, tensors, Place(torch.device(device), dtype), resting)
     return model, document.provenance
 
 
@@ -221,7 +264,7 @@ def load_autoencoder(
             first_stage = FirstStage(config, config.picture_channels)
     except Exception as error:
         raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
-    _fill(path, first_stage, tensors, torch.device(device), dtype)
+    _fill(path, first_stage, tensors, Place(torch.device(device), dtype))
     return first_stage
 
 
@@ -280,8 +323,11 @@ def _write(path: Path, document: _Document, module: nn.Module, dtype: torch.dtyp
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
-    """The document and the tensors of a file of `kind` (None: either), read once: mapped, they would count twice."""
+def _read(path: Path, kind: Kind | None, resting: bool = False) -> tuple[_Document, dict[str, Tensor]]:
+    """The document and the tensors of a file of `kind` (None: either).
+
+    They are read once: mapped, they would count twice. `resting` ones are mapped, and out of memory yet.
+    """
     try:
         with open(path, "rb") as file:
             start = file.read(9)
@@ -291,16 +337,16 @@ def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
         with safe_open(path, "pt") as tables:
             metadata = tables.metadata() or {}
             document = _document(path, metadata, kind)
-            tensors = {name: _unread(tables, name) for name in tables.offset_keys()}
+            tensors = {} if resting else {name: _unread(tables, name) for name in tables.offset_keys()}
         hashed = hashlib.sha256()
         with open(path, "rb") as file:
             file.seek(8 + int.from_bytes(start[:8], "little"))
-            for name, tensor in tensors.items():
+            for tensor in tensors.values():
                 data = tensor.reshape(-1).view(torch.uint8).numpy().data
                 file.readinto(data)
                 hashed.update(data)
-                if tensor.ndim == 4 and tensor.dtype == torch.bfloat16:  # as convolutions are fastest on it
-                    tensors[name] = tensor.contiguous(memory_format=torch.channels_last)
+            while resting and (chunk := file.read(CHUNK)):
+                hashed.update(chunk)
         content = f"0x{hashed.hexdigest()}"
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -308,7 +354,7 @@ def _read(path: Path, kind: Kind | None) -> tuple[_Document, dict[str, Tensor]]:
         raise InputError(f"{path}: is truncated, damaged or no safetensors file ({_short(error)})") from None
     if content != metadata.get("modelspec.hash_sha256"):
         raise InputError(f"{path}: is damaged: its weights are not those that were written; get the file again")
-    return document, tensors
+    return document, read_archive(path).tensors if resting else tensors
 
 
 def _unread(tables: Any, name: str) -> Tensor:
@@ -367,18 +413,16 @@ def _names(names: Iterable[str]) -> str:
     return ", ".join(ordered[:5]) + rest + (" is" if len(ordered) == 1 else " are")
 
 
-def _fill(
-    path: Path, module: nn.Module, tensors: dict[str, Tensor], device: torch.device, dtype: torch.dtype | None
-) -> None:
+def _fill(path: Path, module: nn.Module, tensors: dict[str, Tensor], place: Place, resting: bool = False) -> None:
     """Give `module`, built on the meta device, the tensors of the file; InputError names those that do not fit."""
     expected = module.state_dict()
     shape = {name: tuple(tensors[name].shape) for name in expected.keys() & tensors.keys()}
-    complaints = {
+    complaints: dict[str, Iterable[str]] = {
         "missing": expected.keys() - tensors.keys(),
         "not known to this architecture": tensors.keys() - expected.keys(),
         "of another shape": [name for name in shape if shape[name] != tuple(expected[name].shape)],
         "not of floating type": [name for name, tensor in tensors.items() if tensor.dtype not in TYPES],
-        "not finite": [name for name, t in tensors.items() if t.dtype in TYPES and not torch.isfinite(t).all()],
+        "not finite": [name for name, t in tensors.items() if t.dtype in TYPES and not _finite(t)],
     }
     wrong = [f"{_names(names)} {complaint}" for complaint, names in complaints.items() if names]
     if wrong:
@@ -387,8 +431,14 @@ def _fill(
     ready = {}
     for name in expected:
         tensor = tensors.pop(name)  # what is copied is let go of
-        wanted = (dtype or compute_type(tensor.dtype, device)) if name in parameters else torch.float32
-        layout = torch.preserve_format if wanted == torch.bfloat16 else torch.contiguous_format
-        ready[name] = tensor.to(device, wanted, memory_format=layout)
+        if name not in parameters:
+            tensor = tensor.to(place.device, torch.float32)
+        ready[name] = tensor if resting or name not in parameters else brought(tensor, place)
     module.load_state_dict(ready, assign=True)
     module.eval().requires_grad_(False)
+
+
+def _finite(tensor: Tensor) -> bool:
+    found = finite(tensor)
+    let_go([tensor])
+    return found

@@ -93,12 +93,14 @@ def unsaid(request: Request) -> list[str]:
     return [name for name in names if not any(list(mentions(prompt, [name])) for prompt in prompts)]
 
 
-def wearing(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:
-    """A context, to be entered as often as wanted, in which the model has the request's LoRAs on."""
-    if not request.lora:
+def wearing(network: LatentDiffusion, request: Request, part: str = "") -> AbstractContextManager[Any]:
+    """A context, to be entered as often as wanted, in which the model, or a part of it, has the request's LoRAs on."""
+    adapters = [(known(file.content).changes, weight) for file, weight in request.lora or ()]
+    ours = [({name: c[name] for name in c if name.startswith(part)}, weight) for c, weight in adapters]
+    if not any(changes for changes, _ in ours):
         return nullcontext()
     with torch.inference_mode(False), torch.no_grad():
-        adapted = Adapted(network, [(known(file.content).changes, weight) for file, weight in request.lora])
+        adapted = Adapted(network, ours)
     adapted.remove()
     return adapted
 
