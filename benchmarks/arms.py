@@ -21,7 +21,7 @@ from latentkit.training.optimizers import Optimiser, Stepper
 
 EMOJI = Path(__file__).parents[1] / "data" / "emoji"
 SIDE, BATCH, CROPS, HELD_CROPS = 64, 8, 3000, 192
-KL = 1e-4
+KL = 1e-6
 CODEBOOK = CodebookLoss(codes=0.25, commitment=1.0)
 """What diffusers' VQModel has (beta on the wrong side, as in the released 2021 models)."""
 LOSS = ReconstructionLoss(l1=1.0, pyramid=0.0, structure=0.0, kl=KL, codebook=CODEBOOK)
