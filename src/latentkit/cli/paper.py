@@ -36,3 +36,27 @@ def first_stages(
     from latentkit.applications.paper.first_stages import first_stages
 
     typer.echo(first_stages(data, out, minutes=minutes, size=size, seed=seed).read_text(), nl=False)
+
+
+@app.command()
+def compression(
+    data: Data = "data/emoji",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs and the table.")] = Path(
+        "runs/paper/compression"
+    ),
+    first_stages: Annotated[
+        Path, typer.Option(help="Folder of the other command, whose KL first stages are taken if they are there.")
+    ] = Path("runs/paper/first-stages"),
+    minutes: Minutes = 60.0,
+    size: Size = 64,
+    seed: Seed = 0,
+) -> None:
+    """Train the same diffusion on pixels and at downsampling 2, 4, 8 and 16 for equal time, and compare what they draw.
+
+    Prints the table, which is in the folder too, with curves, a sheet of drawn pictures and every figure as JSON. The
+    same command goes on where it was stopped.
+    """
+    from latentkit.applications.paper.compression import compression
+
+    path = compression(data, out, minutes=minutes, trained=first_stages, size=size, seed=seed)
+    typer.echo(path.read_text(), nl=False)

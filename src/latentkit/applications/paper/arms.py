@@ -17,6 +17,7 @@ from latentkit.errors import InputError
 from latentkit.evaluation import journal
 from latentkit.training import distributed
 from latentkit.training.recipe import AutoencoderRecipe, DataRecipe, DiffusionRecipe
+from latentkit.training.run.progress import say
 from latentkit.training.run.store import FileCalls, make_folder, persist, replace_file
 
 PLAN = "plan.yaml"
@@ -37,6 +38,8 @@ class Asked(BaseModel):
     size: int
     minutes: float
     seed: int
+    first_stages: dict[str, str] = {}
+    """The sha256 of those that were taken from elsewhere."""
 
 
 class Arm(BaseModel):
@@ -86,20 +89,32 @@ def planned(
     part: float,
     recipes: Mapping[str, AutoencoderRecipe | DiffusionRecipe],
     measured: Mapping[str, Measured],
+    *,
+    points: int = 1,
 ) -> Plan:
-    """The plan: every recipe gets as many steps as fit into an equal share of `part` of the minutes asked for."""
+    """The plan: every recipe gets as many steps as fit into an equal share of `part` of the minutes asked for.
+
+    With `points` the averages of the weights are stored that often, evenly, the last at the end.
+    """
     device = distributed.pick_device().type
     clock: Clock = "thread_seconds" if device == "cpu" else "seconds"
     threads = torch.get_num_threads() if device == "cpu" else 1
     seconds = 60 * asked.minutes * part * threads / len(recipes)
     arms = []
     for name, recipe in recipes.items():
-        steps = max(1, round(seconds / getattr(measured[name], clock)))
+        steps = points * max(1, round(seconds / cost(measured[name], clock) / points))
         log = max(1, steps // (SAVES * LOGS))
         schedule = {"steps": steps, "save_every": LOGS * log, "log_every": log}
-        change = {"schedule": recipe.schedule.model_copy(update=schedule)}
+        change: dict[str, Any] = {"schedule": recipe.schedule.model_copy(update=schedule)}
+        if points > 1:
+            change["averaging"] = recipe.averaging.model_copy(update={"snapshot_every": steps // points})
         arms.append(Arm(name=name, recipe=recipe.model_copy(update=change), measured=measured[name]))
     return Plan(asked=asked, machine=machine(device), clock=clock, threads=threads, seconds=seconds, arms=arms)
+
+
+def cost(measured: Measured, clock: Clock) -> float:
+    """Seconds of a step by a clock."""
+    return measured.thread_seconds if clock == "thread_seconds" else measured.seconds
 
 
 def save(folder: Path, plan: Plan) -> None:
@@ -114,19 +129,26 @@ def save(folder: Path, plan: Plan) -> None:
     persist(calls, f"plan {folder / PLAN}", write)
 
 
-def load(folder: Path, asked: Asked) -> Plan | None:
-    """The plan in a folder, if there is one; InputError where it is none, or was made for something else."""
+def read(folder: Path) -> Plan | None:
+    """The plan in a folder, if there is one; InputError where it cannot be read."""
     path = folder / PLAN
     if not path.exists():
-        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {f"tmp-{PLAN}"}):
-            raise InputError(f"{folder} is there already and holds no {PLAN}; name another folder with -o")
         return None
     try:
-        plan = Plan.model_validate(yaml.safe_load(path.read_bytes()))
+        return Plan.model_validate(yaml.safe_load(path.read_bytes()))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML ({error}); put it back as it was, or name another folder") from None
     except ValidationError as error:
         raise invalid(error, f"{path}") from None
+
+
+def load(folder: Path, asked: Asked) -> Plan | None:
+    """The plan to go on by, if there is one; InputError where the folder holds something else."""
+    plan = read(folder)
+    if plan is None:
+        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {f"tmp-{PLAN}"}):
+            raise InputError(f"{folder} is there already and holds no {PLAN}; name another folder with -o")
+        return None
     before, now = plan.asked.model_dump(), asked.model_dump()
     if before != now:
         lines = "\n".join(f"  {key}: {before[key]} -> {now[key]}" for key in before if before[key] != now[key])
@@ -137,9 +159,11 @@ def load(folder: Path, asked: Asked) -> Plan | None:
     return plan
 
 
-def left(plan: Plan, number: int) -> str:
-    """The time that the arms from `number` (from 0) on take on a machine that does nothing else, in words."""
-    return duration((len(plan.arms) - number) * plan.seconds / plan.threads)
+def announce(plan: Plan, number: int) -> None:
+    """Say which arm (from 0) comes next, and how long it and the rest train on a machine that does nothing else."""
+    arm, left = plan.arms[number], duration((len(plan.arms) - number) * plan.seconds / plan.threads)
+    place = f"{number + 1} of {len(plan.arms)}"
+    say(f"{arm.name}, {place}: {arm.recipe.schedule.steps} steps; this and the rest train for about {left}")
 
 
 def spent(run: Path) -> Spent:

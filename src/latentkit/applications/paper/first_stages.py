@@ -1,12 +1,12 @@
 """The paper's table 8 in miniature: first stages of every downsampling, trained for equal time and compared."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from latentkit.applications.fit.measure import measure_autoencoder
-from latentkit.applications.paper.arms import Arm, Asked, Plan, data_recipe, left, load, planned, save, times
+from latentkit.applications.paper.arms import Arm, Asked, Plan, announce, data_recipe, load, planned, save, times
 from latentkit.applications.paper.table import Columns, Row, kept, markdown, write
 from latentkit.applications.pictures import open_data, write_sheet
 from latentkit.applications.stages.train import train
@@ -17,8 +17,14 @@ from latentkit.errors import InputError
 from latentkit.evaluation.first_stage import measure
 from latentkit.evaluation.metrics.features import NETWORK
 from latentkit.evaluation.reconstruction import reconstruct
-from latentkit.training.recipe import AutoencoderRecipe, DataRecipe, parse_recipe
+from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.training.ema import Averaging
+from latentkit.training.first_stage.autoencoder import ReconstructionLoss
+from latentkit.training.first_stage.codebook import CodebookLoss
+from latentkit.training.optimizers import Optimiser
+from latentkit.training.recipe import AutoencoderRecipe, DataRecipe
 from latentkit.training.run.progress import quiet, say
+from latentkit.training.trainer import Schedule
 
 COMMAND = "paper first-stages"
 CHANNELS = 32
@@ -33,39 +39,43 @@ SHEET = 12
 FIGURES = "figures.json"
 
 
-def recipes(data: DataRecipe, seed: int, kinds: tuple[str, ...] = ("kl", "vq")) -> dict[str, AutoencoderRecipe]:
-    """Every arm by its name, their lengths to be found; KL ones first, since the second command needs no others."""
-    found = {}
-    for kind in kinds:
-        for factor, multipliers in MULTIPLIERS.items():
-            bottleneck = {"codes": CODES[factor]} if kind == "vq" else {}
-            values = {
-                "stage": "autoencoder",
-                "name": f"{kind}-f{factor}",
-                "seed": seed,
-                "data": data.model_dump(),
-                "network": {
-                    "latent_channels": LATENTS[kind][factor],
-                    "channels": CHANNELS,
-                    "multipliers": multipliers,
-                    "blocks": 1,
-                    "stem": 2,
-                    "attention": False,
-                    **bottleneck,
-                },
-                "loss": {"l1": 1.0, "pyramid": 0.5, "structure": 0.1, "kl": 1e-4, "codebook": {"running_mean": 0.99}},
-                "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "warmup": 50, "decay": 0.4},
-                "averaging": {"decay": 0.995, "power": []},
-                "schedule": {"steps": 1, "batch": 16, "precision": "bf16", "sample_every": None},
-            }
-            recipe = parse_recipe(values)
-            assert isinstance(recipe, AutoencoderRecipe)
-            found[recipe.name] = recipe
-    return found
+def networks(kind: str) -> dict[int, AutoencoderConfig]:
+    """The networks of a bottleneck by downsampling: those of more have the levels of those of less, and one below."""
+    return {
+        factor: AutoencoderConfig(
+            latent_channels=LATENTS[kind][factor],
+            channels=CHANNELS,
+            multipliers=multipliers,
+            blocks=1,
+            stem=2,
+            attention=False,
+            codes=CODES[factor] if kind == "vq" else None,
+        )
+        for factor, multipliers in MULTIPLIERS.items()
+    }
+
+
+def recipes(data: DataRecipe, seed: int, kinds: Sequence[str]) -> dict[str, AutoencoderRecipe]:
+    """Every arm by its name, their lengths to be found."""
+    return {
+        f"{kind}-f{factor}": AutoencoderRecipe(
+            stage="autoencoder",
+            name=f"{kind}-f{factor}",
+            seed=seed,
+            data=data,
+            network=network,
+            loss=ReconstructionLoss(kl=1e-4, codebook=CodebookLoss(running_mean=0.99)),
+            optimiser=Optimiser(name="muon", lr=2e-3, weight_decay=0.01, warmup=50, decay=0.4),
+            averaging=Averaging(decay=0.995, power=()),
+            schedule=Schedule(steps=1, batch=16, precision="bf16", sample_every=None),
+        )
+        for kind in kinds
+        for factor, network in networks(kind).items()
+    }
 
 
 def first_stages(
-    data: str, folder: Path, *, minutes: float, size: int = 64, seed: int = 0, kinds: tuple[str, ...] = ("kl", "vq")
+    data: str, folder: Path, *, minutes: float, size: int = 64, seed: int = 0, kinds: Sequence[str] = ("kl", "vq")
 ) -> Path:
     """Train and measure every first stage in `folder`; returns the path of the table. The same call goes on.
 
@@ -82,8 +92,7 @@ def first_stages(
         save(folder, plan)
     rows = []
     for number, arm in enumerate(plan.arms):
-        steps, place = arm.recipe.schedule.steps, f"{number + 1} of {len(plan.arms)}"
-        say(f"{arm.name}, {place}: {steps} steps; about {left(plan, number)} for this and the rest")
+        announce(plan, number)
         rows.append(_finished(arm, folder / arm.name, plan))
     _sheet(plan, folder)
     lead = (
