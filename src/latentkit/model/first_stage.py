@@ -29,8 +29,11 @@ FirstStageConfig = Annotated[
     Annotated[AutoencoderConfig, Tag(KINDS[0])] | Annotated[TinyConfig, Tag(KINDS[1])], Discriminator(_kind)
 ]
 
-WHOLE_PIXELS = 1 << 22
-"""Pixels of a batch up to which it passes the autoencoder whole: 2048 x 2048, or four of 1024 x 1024."""
+WHOLE_PIXELS = {"cpu": 1 << 17}
+"""Pixels of a picture up to which it passes the autoencoder whole; in strips it takes half the memory, and on a CPU
+hardly more time."""
+WHOLE_ELSEWHERE = 1 << 22
+"""Of other devices, where what lies between the strips would go to the host and back: 2048 x 2048."""
 
 
 class FirstStage(nn.Module):
@@ -70,7 +73,7 @@ class FirstStage(nn.Module):
         """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (identity: the pixels, no variance)."""
         if self.autoencoder is None:
             return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1).float()
-        strips = self._strips(pixels[:, 0].numel())
+        strips = self._strips(pixels[0, 0].numel())
         found: Posterior = (strips or self.autoencoder).encode(pixels.to(self.dtype))
         return torch.cat(found, dim=1).to(self.latent_mean.device)
 
@@ -94,7 +97,7 @@ class FirstStage(nn.Module):
         raw = z.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         if self.autoencoder is None:
             return raw
-        strips = self._strips(raw[:, 0].numel() * self.downsampling**2)
+        strips = self._strips(raw[0, 0].numel() * self.downsampling**2)
         return (strips or self.autoencoder).decode(raw.to(self.dtype)).float().to(raw.device)
 
     @contextmanager
@@ -107,19 +110,15 @@ class FirstStage(nn.Module):
             self._in_strips = before
 
     def _strips(self, pixels: int) -> Strips | None:
-        """What a batch of so many pixels passes instead of the whole network, if it is large: the values are the same.
+        """What pictures of so many pixels pass instead of the whole network, if that is many: the values are the same.
 
         What lies between the segments goes to files where it would fill more than half of the free memory.
         """
-        network = self.autoencoder
-        if (
-            pixels <= WHOLE_PIXELS
-            or torch.is_grad_enabled()
-            or network is None
-            or isinstance(network.config, TinyConfig)
-        ):
+        network, device = self.autoencoder, self.latent_mean.device.type
+        most_whole = 0 if self._in_strips else WHOLE_PIXELS.get(device, WHOLE_ELSEWHERE)
+        if not isinstance(network, Autoencoder) or pixels <= most_whole or torch.is_grad_enabled():
             return None
         widest = max(network.config.channels * m for m in network.config.multipliers) * self.dtype.itemsize
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        most = 3 * pixels * widest // network.config.stem**2
-        return Strips(network, tempfile.gettempdir() if most > free // 2 else None)
+        between = 3 * pixels * widest // network.config.stem**2
+        return Strips(network, tempfile.gettempdir() if between > free // 2 else None)
