@@ -167,15 +167,17 @@ def test_known_weights_are_read_from_files(pictures: Path, tmp_path: Path) -> No
 
 def test_pictures_of_several_shapes_and_sizes(pictures: Path, tmp_path: Path) -> None:
     """Tall and wide ones keep their shape; random parts at two sizes, turned latents, a critic and codes at once."""
+    shapes = tmp_path / "shapes"
+    shapes.mkdir()
     for number in range(6):
         with Image.open(pictures / f"{number}.png") as wide:
-            wide.resize((48, 32)).save(tmp_path / f"{number}.png")
-            wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / f"{number + 6}.png")
+            wide.resize((48, 32)).save(shapes / f"{number}.png")
+            wide.transpose(Image.Transpose.ROTATE_90).save(shapes / f"{number + 6}.png")
     transform = {"size": 16, "channels": 3, "crop": "random", "zoom": 2, "buckets": True, "flips": "h"}
     network = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "attention": False, "codes": 16, "latent_channels": 2}
     asked = recipe(
         pictures,
-        data={"path": str(tmp_path), "transform": transform},
+        data={"path": str(shapes), "transform": transform},
         network=network,
         loss={"adversarial": CRITIC, "equivariance": 0.25},
     )
