@@ -360,8 +360,38 @@ def strips(folder: Path) -> dict[str, Any]:
     return {"times": times, "memory": memory}
 
 
+def tables(figures: dict[str, Any]) -> str:
+    """What is known, as Markdown."""
+    told = []
+    if known := figures.get("equal-time"):
+        told += ["| first stage, pictures | ours, dB | diffusers, dB | steps | its steps | its way |", "|---" * 6 + "|"]
+        for name, row in known.items():
+            cells = [" ".join(f"{x:.2f}" for x in row[side]) for side in ("ours", "peer")]
+            cells += [" ".join(map(str, steps)) for steps in row["steps"]]
+            told.append(f"| {name} | {' | '.join(cells)} | {row['variant']} |")
+    if known := figures.get("equal-error"):
+        rows = known["rows"]
+        ratios, reached = (" ".join(found) for found in (
+            [f"{row['ratio']:.1f}" for row in rows], [f"{row['peer']['psnr']:.2f}" for row in rows]
+        ))  # fmt: skip
+        told.append(f"\nTo the error of the standard layout ({reached} dB by seed) {ratios} times sooner.")
+    if known := figures.get("spectrum"):
+        told += ["", "| seed, loss | distance of spectra | PSNR, dB | Frechet distance |", "|---" * 4 + "|"]
+        for seed, arms in known.items():
+            told += [
+                f"| {seed}, {name} | {row['distance']:.3f} | {row['psnr']:.2f} | {row['frechet']:.3g} |"
+                for name, row in arms.items()
+            ]
+    if known := figures.get("strips"):
+        told += ["", "| way, px | time in strips by the whole's | whole, s | apart |", "|---" * 4 + "|"]
+        told += [f"| {k} | {v['ratio']:.2f} | {v['whole']:.1f} | {v['apart']:.1e} |" for k, v in known["times"].items()]
+        told += ["", f"| peak MiB | {' | '.join(f'{side} px' for side in MEMORY_SIDES)} |", "|---" * 4 + "|"]
+        told += [f"| {k} | {' | '.join(f'{x:.0f}' for x in v.values())} |" for k, v in known["memory"].items()]
+    return "\n".join(told)
+
+
 def main() -> None:
-    """Run the parts that are asked for and print all that is known as JSON."""
+    """Run the parts that are asked for and print tables of all that is known."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -387,7 +417,7 @@ def main() -> None:
         figures[part] = makers[part]()
         for file in filter(None, (known, options.json)):
             file.write_text(json.dumps(figures, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    print(tables(figures))
 
 
 if __name__ == "__main__":
