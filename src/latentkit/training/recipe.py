@@ -13,7 +13,6 @@ from latentkit.errors import InputError, close, nearest, wording
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.label import LabelConfig
 from latentkit.model.denoiser import PredictionName
-from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
 from latentkit.training.diffusion import DiffusionLoss
@@ -72,7 +71,8 @@ class AutoencoderRecipe(_Common):
     """The first stage."""
 
     stage: Literal["autoencoder"]
-    network: AutoencoderConfig
+    network: FirstStageConfig
+    """One whose blocks are listed by level is a tiny autoencoder."""
     loss: ReconstructionLoss = ReconstructionLoss()
     start: str | None = None
     """An autoencoder's model file or run folder, or a whole model's, that training goes on from; null: from nothing."""
@@ -120,7 +120,7 @@ def parse_recipe(values: dict[str, Any], where: str = "recipe") -> AutoencoderRe
 
 
 def _explain(problem: Any, values: dict[str, Any]) -> str:
-    location = [part for part in problem["loc"] if part not in STAGES]
+    location = [part for part in problem["loc"] if part not in (*STAGES, *KINDS)]
     key = ".".join(map(str, location))
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{key}: unknown key; {nearest(str(location[-1]), _allowed(values, location[:-1]))}"
@@ -140,7 +140,7 @@ def _allowed(values: dict[str, Any], path: list[Any]) -> list[str]:
     node = defs[model]
     for part in path:
         node = node["properties"].get(part, {})
-        options = [node, *node.get("anyOf", []), *node.get("allOf", [])]
+        options = [node, *(option for way in ("anyOf", "allOf", "oneOf") for option in node.get(way, []))]
         reference = next((option["$ref"] for option in options if "$ref" in option), None)
         if reference is None:
             return []
