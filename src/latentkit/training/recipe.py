@@ -13,6 +13,7 @@ from latentkit.errors import InputError, close, nearest, wording
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.label import LabelConfig
 from latentkit.model.denoiser import PredictionName
+from latentkit.model.first_stage import KINDS, FirstStageConfig
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
 from latentkit.training.diffusion import DiffusionLoss
