@@ -45,7 +45,7 @@ class Transform(BaseModel):
     buckets: bool = False
     zoom: Literal[1, 2, 4, 8] = 1
     """A draw shows a random part of the picture at 1, 2, 4 ... up to so many times its size, if it has the pixels."""
-    short: int | None = Field(None, ge=MIN_SIDE)
+    short: int | None = Field(default=None, ge=MIN_SIDE)
     """What `size` would be for the whole picture, of which a part of `size` is then cut out; null: `size`.
 
     A square part of 256 pixels of pictures whose short side is 384: size 256, short 384.

@@ -52,6 +52,11 @@ class TinyConfig:
         return None
 
     @property
+    def levels(self) -> None:
+        """Nor to these."""
+        return None
+
+    @property
     def halo(self) -> int:
         """Latent cells beyond a strip that can have a say in it, on either way."""
         return -(-sum((3 * count + 2) << level for level, count in enumerate(self.blocks)) // self.downsampling)
