@@ -51,9 +51,14 @@ class Guide:
     model: Model | None = field(default=None, compare=False, repr=False)
 
     @staticmethod
-    def read(name: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Guide":
+    def read(
+        name: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        low_memory: bool = False,
+    ) -> "Guide":
         """The model called `name` (see `load`); InputError where it cannot be used."""
-        model = load(name, device, dtype)
+        model = load(name, device, dtype, low_memory)
         return Guide(model.digest, model)
 
 

@@ -113,6 +113,9 @@ def generate(
     exact: Annotated[
         bool, typer.Option("--exact", help="One at a time: a batch equals its singles bit by bit.")
     ] = False,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="Parts of the model are in memory only while they are needed.")
+    ] = False,
     grid: Annotated[bool, typer.Option("--grid", help="Write one sheet of all pictures too.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture.")] = False,
 ) -> None:
@@ -142,7 +145,7 @@ def generate(
         "guidance_rescale": guidance_rescale,
         "guidance_low": guidance_low,
         "guidance_high": guidance_high,
-        "guidance_model": Guide.read(guidance_model) if guidance_model else None,
+        "guidance_model": Guide.read(guidance_model, low_memory=low_memory) if guidance_model else None,
         "pag_scale": pag,
         "threshold": threshold,
         "eta": eta,
@@ -162,7 +165,7 @@ def generate(
         "target_size": _extent(target_size),
         "aesthetic_score": aesthetic,
         "negative_aesthetic_score": negative_aesthetic,
-        "refiner": Guide.read(refiner) if refiner else None,
+        "refiner": Guide.read(refiner, low_memory=low_memory) if refiner else None,
         "refiner_switch": refiner_switch,
         "clip_skip": clip_skip,
         "embedding": [_embedding(text) for text in embedding] if embedding else None,
@@ -171,8 +174,8 @@ def generate(
         "backend": backend,
     }
     requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
-    loaded = read(model, whole=bool(lora)) if backend == "openvino" else load(model)
-    events = run(loaded, requests, count=count, exact=exact)
+    loaded = read(model, whole=bool(lora)) if backend == "openvino" else load(model, low_memory=low_memory)
+    events = run(loaded, requests, count=count, exact=exact, low_memory=low_memory)
     open_folder(out)
     drawn = {}
     for result in show(events):
