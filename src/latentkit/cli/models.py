@@ -12,7 +12,10 @@ def inspect(
 ) -> None:
     """Say what a model file is, what it holds, and what is wrong with it."""
     from latentkit.checkpoints.layouts import report
+    from latentkit.cli.adapters import inspected
 
+    if inspected(_place(path), json):
+        return
     found = report(_place(path))
     if json:
         import json as writer
@@ -52,8 +55,14 @@ def _lines(found: dict[str, Any]) -> list[str]:
 def convert(
     source: Annotated[Path, typer.Argument(help="A shipped model, a file, a run or a diffusers folder.")],
     target: Annotated[Path, typer.Argument(help="File or folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option("--to", help="Layout: ldm, diffusers or latentkit.")],
+    to: Annotated[str, typer.Option("--to", help="Layout: ldm, diffusers or latentkit; LoRAs: kohya, diffusers, ldm.")],
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; as stored otherwise.")] = None,
+    base: Annotated[
+        Path | None, typer.Option(help="The model that an adapter is for, where that is none of Stable Diffusion's.")
+    ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:WEIGHT, a LoRA to put into the model's weights; repeatable.")
+    ] = None,
     averaged: Annotated[
         bool | None, typer.Option("--averaged/--plain", help="Take averaged weights, or those they were averaged of.")
     ] = None,
@@ -64,8 +73,11 @@ def convert(
     from latentkit.checkpoints.layouts import TYPES, Layout, differences, open_model, write_model
     from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE
     from latentkit.checkpoints.probe import settle
+    from latentkit.cli.adapters import bake, converted
     from latentkit.errors import InputError, nearest
 
+    if converted(source, target, to, base, {"dtype": dtype, "averaged": averaged, "lora": lora}):
+        return
     if to not in get_args(Layout):
         raise InputError(f"layout {to!r} is unknown; {nearest(to, get_args(Layout))}", exit_code=2)
     if dtype is not None and dtype not in TYPES:
@@ -77,6 +89,8 @@ def convert(
     if not opened.certain:
         settle(opened.model, str(source))
     wanted = TYPES[dtype] if dtype else None
+    if lora:
+        bake(opened.model, lora, wanted)
     write_model(target, opened, cast(Layout, to), wanted)
     again = open_model(target)
     expected = {
