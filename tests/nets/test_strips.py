@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentkit.nets import strips
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
@@ -52,6 +53,27 @@ def test_strips_are_exact(name: str, elements: int, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(parts.log_variance, whole.log_variance, rtol=tolerance, atol=tolerance)
         z = whole.mean
         torch.testing.assert_close(Strips(network).decode(z), network.decode(z), rtol=tolerance, atol=10 * tolerance)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the number of elements of the largest product of matrices."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = call(*args, **(kwargs or {}))
+        if call is torch.ops.aten.bmm.default:
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+def test_scores_of_attention_are_no_more_than_a_strip(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where channels are few, strips have many cells, and every pair of them a score."""
+    monkeypatch.setattr(strips, "ELEMENTS", 5000)
+    config = CONFIGS["one level"]
+    with Products() as parts:
+        Strips(made(config, torch.float32)).encode(pictures(config, torch.float32)[:1])
+    assert 1000 < parts.largest <= 5000
 
 
 def test_bfloat16_errs_no_more_than_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ between segments is kept in host memory or in files; on the device are only stri
 too: the softmax runs over the keys strip by strip (Milakov & Gimelshein 2018).
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -223,9 +224,11 @@ class Strips:
         return doubled
 
     def _attention(self, module: PixelAttention, x: Source) -> Field:
-        """Queries a strip at a time, and for each the keys a strip at a time."""
+        """Queries a strip at a time, and for each the keys a strip at a time; their scores are elements, too."""
         attention, scale = module.attention, x.shape[1] ** -0.5
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        b, c, h, w = x.shape
+        parts = list(_strips((b, max(c, math.isqrt(ELEMENTS)), h, w)))
 
         def tokens(field: Source, start: int, stop: int) -> Tensor:
             return field.rows(start, stop).flatten(2).transpose(1, 2)
@@ -241,7 +244,7 @@ class Strips:
             q = attention.q(tokens(normed, start, stop)) * scale
             top = torch.full((*q.shape[:2], 1), float("-inf"), dtype=wide, device=self.device)
             total, answer = torch.zeros_like(top), torch.zeros(q.shape, dtype=wide, device=self.device)
-            for first, last in _strips(x.shape):
+            for first, last in parts:
                 scores = (q @ tokens(keys, first, last).transpose(1, 2)).to(wide)
                 highest = torch.maximum(top, scores.amax(2, keepdim=True))
                 weights, kept = (scores - highest).exp_(), (top - highest).exp_()
@@ -250,7 +253,10 @@ class Strips:
                 top = highest
             return x.rows(start, stop) + _picture(attention.out((answer / total).to(self.dtype)), stop - start)
 
-        return self._made(x.shape, attended)
+        field = self._field((b, c, h, w))
+        for start, stop in parts:
+            field.write(start, attended(start, stop))
+        return field
 
 
 def _strips(shape: tuple[int, int, int, int]) -> Iterator[tuple[int, int]]:
