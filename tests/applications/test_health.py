@@ -186,6 +186,12 @@ def test_what_is_said_of_latents_and_pictures(changes: dict[str, Any], said: str
     assert said in sentence
 
 
+def test_levels_that_are_hardly_used_are_not_called_a_codebook() -> None:
+    network = {"channels": 8, "multipliers": [1, 2], "blocks": 1, "latent_channels": 2, "levels": [4, 4]}
+    (sentence,) = verdict(recipe(Path("x"), network=network), {}, good(codes=Codes(16, 7, 6.0, 640)))
+    assert sentence.startswith("The levels have collapsed: 7 of 16")
+
+
 @pytest.mark.parametrize(
     ("known", "said"),
     [

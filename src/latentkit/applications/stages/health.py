@@ -151,7 +151,7 @@ def look(first_stage: FirstStage, pictures: Pictures, progress: bool = False) ->
 
 def verdict(recipe: AutoencoderRecipe, known: Curves, found: Found | None) -> list[str]:
     """What is wrong, in plain words with what helps; one sentence that says so where nothing is."""
-    said = [*_of_training(recipe, known), *(_of_latents(found) if found else ())]
+    said = [*_of_training(recipe, known), *(_of_latents(recipe, found) if found else ())]
     if found:
         quality = _mean([row[0] for row in found.rows])
         if quality < LITTLE:
@@ -197,13 +197,14 @@ def _of_training(recipe: AutoencoderRecipe, known: Curves) -> list[str]:
     return said
 
 
-def _of_latents(found: Found) -> list[str]:
+def _of_latents(recipe: AutoencoderRecipe, found: Found) -> list[str]:
     said = []
     codes, latents = found.codes, found.latents
     if codes is not None and _collapsed(codes):
+        helps = "Fewer codes, revive: true or a running_mean of 0.99 help." if recipe.network.codes else "Fewer help."
         said.append(
-            f"The codebook has collapsed: {codes.chosen} of {codes.codes} codes are chosen, used like "
-            f"{codes.perplexity:.0f} (perplexity). Fewer codes, revive: true or a running_mean of 0.99 help."
+            f"The {'codebook has' if recipe.network.codes else 'levels have'} collapsed: {codes.chosen} of {codes.codes} "
+            f"codes are chosen, used like {codes.perplexity:.0f} (perplexity). {helps}"
         )
     deviation = latents.std / latents.std.max().clamp_min(1e-12)
     dead = (deviation < DEAD).nonzero().flatten().tolist()
