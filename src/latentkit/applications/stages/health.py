@@ -201,10 +201,12 @@ def _of_latents(recipe: AutoencoderRecipe, found: Found) -> list[str]:
     said = []
     codes, latents = found.codes, found.latents
     if codes is not None and _collapsed(codes):
-        helps = "Fewer codes, revive: true or a running_mean of 0.99 help." if recipe.network.codes else "Fewer help."
+        what, helps = "levels have", "Fewer help."
+        if recipe.network.codes:
+            what, helps = "codebook has", "Fewer codes, revive: true or a running_mean of 0.99 help."
         said.append(
-            f"The {'codebook has' if recipe.network.codes else 'levels have'} collapsed: {codes.chosen} of {codes.codes} "
-            f"codes are chosen, used like {codes.perplexity:.0f} (perplexity). {helps}"
+            f"The {what} collapsed: {codes.chosen} of {codes.codes} codes are chosen, used like "
+            f"{codes.perplexity:.0f} (perplexity). {helps}"
         )
     deviation = latents.std / latents.std.max().clamp_min(1e-12)
     dead = (deviation < DEAD).nonzero().flatten().tolist()
