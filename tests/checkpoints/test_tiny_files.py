@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny
+from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny, standing_in
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
 from latentkit.checkpoints.files import load_autoencoder, load_model, save_autoencoder, save_model
 from latentkit.checkpoints.ldm_file import write_single
@@ -112,7 +112,7 @@ def test_diffusers_folders_and_files_are_read(tmp_path: Path) -> None:
     torch.testing.assert_close(read_tiny(file).encode(pixels), z)
 
 
-def standing_in() -> LatentDiffusion:
+def with_a_tiny_one() -> LatentDiffusion:
     """Stable Diffusion 1 with a tiny autoencoder for its own."""
     model = family.model("SD 1")
     tiny = LatentDiffusion(replace(model.architecture, first_stage=SMALL), model.state())
@@ -125,7 +125,7 @@ def standing_in() -> LatentDiffusion:
 @torch.no_grad()
 def test_stable_diffusion_with_one_goes_to_diffusers_and_back(tmp_path: Path) -> None:
     diffusers: Any = pytest.importorskip("diffusers")
-    model = standing_in()
+    model = with_a_tiny_one()
     write_folder(tmp_path / "model", model)
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "model", safety_checker=None)
     assert type(pipe.vae).__name__ == "AutoencoderTiny"
@@ -139,7 +139,7 @@ def test_stable_diffusion_with_one_goes_to_diffusers_and_back(tmp_path: Path) ->
 
 
 def test_our_own_files_hold_it_and_the_released_layout_does_not(tmp_path: Path) -> None:
-    model = standing_in()
+    model = with_a_tiny_one()
     save_model(tmp_path / "model.safetensors", model, {}, torch.float32)
     back, _ = load_model(tmp_path / "model.safetensors", dtype=torch.float32)
     assert back.architecture.first_stage == SMALL
@@ -152,6 +152,26 @@ def test_our_own_files_hold_it_and_the_released_layout_does_not(tmp_path: Path) 
     model.first_stage.latent_mean[0] = 1
     with pytest.raises(InputError, match="cannot be folded into a tiny autoencoder"):
         write_folder(tmp_path / "folder", model)
+
+
+def test_one_stands_in_for_the_first_stage_of_a_model(tmp_path: Path) -> None:
+    path = written(tmp_path, "two files")
+    model = family.model("SD 1")
+    made = standing_in(model, path)
+    z = torch.randn(1, 4, 8, 8)
+    assert torch.equal(made.first_stage.decode(z), read_tiny(path).decode(z))
+    assert made.first_stage.latent_std.tolist() == [1.0] * 4
+    before, after = model.state_dict(), made.state_dict()
+    kept = {name for name in before if not name.startswith("first_stage.")}
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert {name for name in after if not name.startswith("first_stage.")} == kept
+    half = standing_in(family.model("SD 1", torch.bfloat16), path)
+    assert {one.dtype for one in half.first_stage.parameters()} == {torch.bfloat16}
+    (tmp_path / "other").mkdir()
+    with pytest.raises(
+        InputError, match=r"16 of latents, 2 pixels a cell; the model's .* 4 of latents"
+    ):
+        standing_in(model, written(tmp_path / "other", "two files", 16))
 
 
 def test_what_is_missing_left_over_or_wrong_is_named(tmp_path: Path) -> None:
