@@ -227,3 +227,45 @@ def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path: Path) -
     ):
         with pytest.raises(InputError, match=message):
             asking(**fields)
+
+
+def test_a_controlnet_works_in_its_share_of_the_steps_alone(tmp_path: Path) -> None:
+    file, picture = controlnet(tmp_path), hint(tmp_path)
+    plain, whole = drawn(), drawn(control=[[file, picture, 1.0]])
+    assert torch.equal(drawn(control=[[file, picture, 1.0, {"start": 0.1, "end": 0.4}]]), plain)  # no whole step of two
+    first = drawn(control=[[file, picture, 1.0, {"end": 0.5}]])
+    last = drawn(control=[[file, picture, 1.0, {"start": 0.5}]])
+    assert torch.equal(drawn(control=[[file, picture, 1.0, {"start": 0.0, "end": 1.0}]]), whole)
+    pictures = [plain, whole, first, last]
+    assert all((one - other).abs().max() > 1e-3 for n, one in enumerate(pictures) for other in pictures[:n])
+
+
+def test_guess_mode_leaves_what_guidance_leads_away_from_alone(tmp_path: Path) -> None:
+    file, picture = controlnet(tmp_path), hint(tmp_path)
+    guess = {"guess": True}
+    same = drawn(control=[[file, picture, 1.0, guess]], negative="cat", guidance_scale=7.0)
+    alone = drawn(control=[[file, picture, 1.0, guess]], guidance_scale=1.0)
+    assert (same - alone).abs().max() > 1e-2
+    fewer = drawn(control=[[file, picture, 1.0]], guidance_scale=1.0)
+    assert (fewer - alone).abs().max() > 1e-3
+    pooled = drawn(control=[[file, picture, 1.0, {"pooled": True}]], guidance_scale=1.0)
+    assert (pooled - fewer).abs().max() > 1e-3
+
+
+def test_terms_are_written_with_the_picture_and_refused_where_they_cannot_be(tmp_path: Path) -> None:
+    file, picture = controlnet(tmp_path), hint(tmp_path)
+    (result,) = results(asking(control=[[file, picture, 0.8, {"end": 0.5, "guess": True}]]))
+    written = json.loads(result.record.request.model_dump_json(exclude_none=True))["control"][0]
+    assert written == [file.digest, picture.digest, 0.8, {"start": 0.0, "end": 0.5, "guess": True, "pooled": False}]
+    read_again = read(result.png(), "a.png")
+    assert read_again == result.record
+    for terms, message in (
+        ({"start": 0.5, "end": 0.5}, r"start 0\.5 must be below end 0\.5"),
+        ({"end": 1.5}, "control"),
+        ({"ends": 0.5}, "control"),
+    ):
+        with pytest.raises(InputError, match=message):
+            asking(control=[[file, picture, 0.8, terms]])
+    for kind, message in (("canny", "kind 'canny' is number 3, and this ControlNet has no kinds"), ("cany", "canny")):
+        with pytest.raises(InputError, match=message):
+            next(generate(MODEL, asking(control=[[file, picture, 0.8, {"kind": kind}]])))
