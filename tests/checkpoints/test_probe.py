@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import family
+import heads_fixture
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,14 +13,18 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import latentkit
+from latentkit.checkpoints import probe
 from latentkit.checkpoints.layouts import open_model, report
 from latentkit.checkpoints.ldm_file import write_single
-from latentkit.checkpoints.probe import probed_prediction
+from latentkit.checkpoints.probe import HEADS, OTHER_WIDTH, Compared, probed_prediction
+from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.cli import application
+from latentkit.model.conditioners.label import LabelConfig
 from latentkit.model.conditioning import Conditioning
 from latentkit.model.denoiser import Denoiser
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.model.presets import PRESETS, Preset
+from latentkit.nets.attention import Attention
 
 
 @pytest.mark.parametrize("deviation", [0.3, 1.0])
@@ -41,7 +46,7 @@ def test_exact_predictors_are_told_apart(prediction: str, deviation: float, monk
 def trained(prediction: str) -> LatentDiffusion:
     """A small model of Stable Diffusion 2's kind, trained for a moment on plain pictures of deviation 1."""
     torch.manual_seed(0)
-    architecture = replace(SMALL, prediction=prediction)  # type: ignore[arg-type]
+    architecture = replace(SMALL, prediction=prediction)
     model = LatentDiffusion(architecture, {})
     denoiser, schedule = model.denoiser, architecture.schedule
     with torch.no_grad():
@@ -92,3 +97,89 @@ def test_a_file_that_says_nothing_is_loaded_as_what_its_network_predicts(
     caplog.clear()
     assert latentkit.load(path, "cpu").network.architecture.prediction == "eps"
     assert not caplog.text
+
+
+@pytest.fixture
+def heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape of the small networks of `heads_fixture.py` is that of a preset whose heads are in doubt."""
+    monkeypatch.setitem(PRESETS, "cin256", Preset(heads_fixture.ONE, 1.0))
+    monkeypatch.setattr(probe, "OTHER_WIDTH", heads_fixture.WIDTH)
+    monkeypatch.setattr(probe, "SIDE", 16)
+
+
+@pytest.mark.parametrize("name", ["one", "many"])
+def test_heads_are_told_by_the_network_itself(
+    name: str, heads: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two networks trained with other heads each, in files of equal names and shapes that say nothing."""
+    path = Path(__file__).with_name(f"heads-{name}.safetensors")
+    assert not read_archive(path).metadata
+    wanted = {"one": heads_fixture.ONE, "many": heads_fixture.MANY}[name]
+    network = latentkit.load(path, "cpu").network
+    assert network.architecture.network == wanted.network
+    assert network.denoiser.unet.config == wanted.network
+    assert f"{path} does not say how many attention heads its network has; asked, it errs by" in caplog.text
+    assert {"one": "taken with one", "many": "taken with heads 2 wide"}[name] in caplog.text
+    report(path)
+    assert caplog.text.count("does not say how many attention heads") == 2
+    layers = [module for module in network.denoiser.modules() if isinstance(module, Attention)]
+    assert {layer.heads for layer in layers} == {{"one": 1, "many": 16}[name]}
+    CliRunner().invoke(
+        application(), ["convert", str(path), str(tmp_path / "own"), "--to", "latentkit"], catch_exceptions=False
+    )
+    assert open_model(tmp_path / "own").model.architecture.network == wanted.network
+
+
+def test_heads_that_cannot_be_told_are_the_presets(
+    heads: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = LatentDiffusion(heads_fixture.MANY, {"label": {"classes": ["cat", "dog"]}})
+    path = tmp_path / "model.safetensors"
+    write_single(path, model, "test")
+    save_file(load_file(path), path)
+    assert latentkit.load(path, "cpu").network.architecture.network == heads_fixture.ONE.network
+    assert "which does not tell: taken with one, as released" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("errors", "apart", "second"),
+    [
+        ((0.2, 0.3), 9.0, False),
+        ((0.3, 0.2), -9.0, True),
+        ((0.3, 0.2), -3.0, None),  # by chance
+        ((0.200, 0.201), 9.0, None),  # of no weight
+        ((0.99, 0.95), -9.0, None),  # of networks that know nothing
+    ],
+)
+def test_a_comparison_says_so_where_it_cannot_tell(
+    errors: tuple[float, float], apart: float, second: bool | None
+) -> None:
+    assert Compared(errors, apart).second is second
+
+
+def test_a_file_that_says_its_heads_is_not_asked(heads: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "model.safetensors"
+    write_single(path, LatentDiffusion(heads_fixture.MANY, {"label": {"classes": ["cat", "dog"]}}), "test")
+    assert latentkit.load(path, "cpu").network.architecture.network == heads_fixture.MANY.network
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_preset_in_doubt_has_one_head_and_another_number_that_fits(name: str) -> None:
+    network = PRESETS[name].architecture.network
+    assert network.heads == 1
+    assert replace(network, heads=None, head_width=OTHER_WIDTH).head_count(network.channels) > 1
+
+
+def test_models_that_must_be_told_something_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text transformer without vocabulary gets ids; a model without "no class" gets the first class."""
+    told = probe._told(family.model("text of 2021"), 3)
+    assert told.context is not None
+    assert told.context.shape == (3, 7, 24)
+    model = family.model("classes")
+    without = replace(model.architecture, label=LabelConfig(24, vector=False, null=False))
+    first = LatentDiffusion(without, {"label": {"classes": ["cat", "dog"]}})
+    row = first.state_dict()["conditioners.label.embedding.weight"][0]
+    context = probe._told(first, 2).context
+    assert context is not None
+    assert torch.equal(context[1, 0], row)

@@ -150,14 +150,14 @@ def single_file(archive: Archive, what: str) -> Found:
     said = said_prediction(archive)
     if DESCRIPTION in archive.metadata:
         architecture, state, scale = _described(archive.metadata[DESCRIPTION], what)
-        if _comparable(architecture.network) != _comparable(network):
+        if comparable(architecture.network) != comparable(network):
             raise InputError(f"{what}: describes another network than its tensors make")
         if architecture.first_stage != first_stage:
             raise InputError(f"{what}: describes another first stage than its tensors make")
         return Found(architecture, scale, state, "a model of latentkit", True)
     for name, preset in PRESETS.items():
         own = preset.architecture
-        if _comparable(own.network) == _comparable(network) and own.first_stage == first_stage:
+        if comparable(own.network) == comparable(network) and own.first_stage == first_stage:
             architecture = predicting(own, said or own.prediction)
             return Found(architecture, _scale(archive) or preset.latent_scale, {}, name, said is not None)
     raise InputError(
@@ -166,8 +166,8 @@ def single_file(archive: Archive, what: str) -> Found:
     )
 
 
-def _comparable(config: UNetConfig) -> UNetConfig:
-    """Without what leaves no trace in shapes."""
+def comparable(config: UNetConfig) -> UNetConfig:
+    """The config without what leaves no trace in shapes."""
     # Middle-only transformers and plain attention have no projection whose kind shows.
     linear = config.linear_projection or not any(config.depth) or config.plain_attention
     return replace(config, heads=1, head_width=None, dropout=0.0, linear_projection=linear, cross_only=_shown(config))

@@ -1,7 +1,8 @@
 """Whole models as a diffusers folder, read and written: U-Net, autoencoder, CLIP towers, tokenizers, scheduler."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +20,13 @@ from latentkit.checkpoints.names.diffusers_configs import (
     unet_json,
 )
 from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed, taken
-from latentkit.checkpoints.names.tower_configs import image_config, image_json, text_config, text_json
+from latentkit.checkpoints.names.tower_configs import (
+    image_config,
+    image_json,
+    preprocessor_json,
+    text_config,
+    text_json,
+)
 from latentkit.checkpoints.storage.archive import read_json, read_part
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
 from latentkit.checkpoints.storage.vocabulary import Vocabulary, read_clip, write_clip
@@ -57,6 +64,10 @@ SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_c
 LEFT_EMPTY = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline")
 """Pipelines whose safety checker is left out."""
 LCM = "LCMScheduler"
+FILES = {"feature_extractor": "preprocessor_config.json"}
+"""Files of parts whose fields do not stand in config.json or scheduler_config.json."""
+LOW_RESOLUTION = NoiseSchedule(kind="scaled_linear", beta_start=0.0001, beta_end=0.02)
+"""The noise that the x4 upscaler's small picture gets."""
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -101,6 +112,9 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
     if "image_encoder" in kinds:
         tower = image_config(str(path), read_json(path / "image_encoder" / "config.json"))
         image = ImageConfig(tower, slot="vector" if network.vector_width else "context")
+        noising = path / "image_noising_scheduler" / "scheduler_config.json"
+        if noising.is_file():
+            image = replace(image, noise=_schedule(noising)[0])
     architecture = Architecture(
         network=network,
         first_stage=first_stage,
@@ -114,7 +128,7 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
         numbers=_numbers(network, place, clip, unet_json_.get("addition_time_embed_dim"), size),
         image=image,
     )
-    _affordable(path, architecture)
+    affordable(path, network, first_stage, architecture.towers())
     model = built(architecture, {"text": {"tokenizer": state}} if clip else {}, str(path))
     return _matched(path, model, place, coder, scaling, variant)
 
@@ -127,13 +141,15 @@ def _first_stage(what: str, values: Mapping[str, Any]) -> tuple[AutoencoderConfi
     return config, Statistics((shift,) * config.latent_channels, (1 / scale,) * config.latent_channels)
 
 
-def _affordable(path: Path, architecture: Architecture) -> None:
-    """Refuse configs that ask for absurdly many blocks before any is built."""
-    network, towers = architecture.network, architecture.towers()
-    blocks = [network.blocks * (1 + depth) for depth in network.depth] + [network.middle_depth]
-    blocks += [tower.layers for tower in towers]
-    if isinstance(architecture.first_stage, AutoencoderConfig):
-        blocks.append(architecture.first_stage.blocks * len(architecture.first_stage.multipliers))
+def affordable(
+    path: Path, network: UNetConfig | None, stage: AutoencoderConfig | TinyConfig | None, towers: Iterable[Any]
+) -> None:
+    """Refuse configs that ask for absurdly many blocks before any is built; InputError."""
+    blocks = [tower.layers for tower in towers]
+    if network:
+        blocks += [network.blocks * (1 + depth) for depth in network.depth] + [network.middle_depth]
+    if isinstance(stage, AutoencoderConfig):
+        blocks.append(stage.blocks * len(stage.multipliers))
     if sum(blocks) > 2000:
         raise InputError(f"{path}: its configs ask for {sum(blocks)} blocks; at most 2000 are built")
 
@@ -235,6 +251,8 @@ def _schedule(path: Path) -> tuple[NoiseSchedule, PredictionName]:
     steps = values.get("num_train_timesteps", 1000)
     if type(steps) is not int or not 0 < steps <= 100_000 or values.get("trained_betas") is not None:
         raise InputError(f"{path}: num_train_timesteps is {steps!r}, or betas are listed; neither is read")
+    if kind == "cosine":  # it has no betas to begin and end with
+        return NoiseSchedule(kind="cosine", steps=steps), cast(PredictionName, prediction)
     schedule = NoiseSchedule(
         kind=cast(Any, kind),
         beta_start=float(values.get("beta_start", 0.0001)),
@@ -268,8 +286,8 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     place = "class_embedding" if architecture.image and architecture.image.slot == "vector" else "add_embedding"
     coder = "vqvae" if architecture.network.plain_attention else "vae"
     assert architecture.first_stage is not None or _pairs(model, place)
-    scale = usual_scale(model)
-    changed = model.state_dict() | folded(model, scale, dtype)
+    scale = usual_scale(model.first_stage)
+    changed = model.state_dict() | folded(model.first_stage, scale, dtype)
     stage = architecture.first_stage
     assert stage is not None
     cells = architecture.size[0] // stage.downsampling
@@ -298,10 +316,17 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
         configs[f"text_encoder{end}"] = text_json(tower)
     if architecture.image:
         configs["image_encoder"] = image_json(architecture.image.tower)
+        if architecture.image.slot == "vector":
+            width = architecture.image.tower.projection
+            configs["image_normalizer"] = {"_class_name": "StableUnCLIPImageNormalizer", "embedding_dim": width}
+            configs["image_noising_scheduler"] = _noising(architecture.image.noise)
+        configs["feature_extractor"] = preprocessor_json(architecture.image.tower)
+    if architecture.network.classes:
+        configs["low_res_scheduler"] = _noising(LOW_RESOLUTION)
     if root.exists() and any(root.iterdir()):
         raise InputError(f"{root} is not empty and is not overwritten; name another folder", exit_code=2)
     for folder, fields in configs.items():
-        name = "scheduler_config.json" if folder == "scheduler" else "config.json"
+        name = FILES.get(folder, "scheduler_config.json" if folder.endswith("scheduler") else "config.json")
         write_json(root / folder / name, fields)
     for folder, named in pairs.items():
         tensors = given(named, changed)
@@ -313,6 +338,25 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
         text = model.state()["text"]["tokenizer"]
         write_clip(root / f"tokenizer{end}", Vocabulary(text, tower.pad), tower.length)
     write_json(root / INDEX, _index(architecture, configs, [f"tokenizer{end}" for end in ends]))
+
+
+def _noising(schedule: NoiseSchedule) -> dict[str, Any]:
+    """The scheduler that puts noise on a condition."""
+    kinds = {ours: theirs for theirs, ours in SCHEDULES.items()}
+    if schedule.kind not in kinds:
+        raise InputError(
+            f"the diffusers layout holds no noise {schedule.kind!r} on a condition; only {', '.join(kinds)}"
+        )
+    betas = {} if schedule.kind == "cosine" else {"beta_start": schedule.beta_start, "beta_end": schedule.beta_end}
+    return {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
+        "beta_schedule": kinds[schedule.kind],
+        "clip_sample": True,
+        "num_train_timesteps": schedule.steps,
+        "prediction_type": "epsilon",
+        **betas,
+    }
 
 
 def _scheduler_json(architecture: Architecture) -> dict[str, Any]:
@@ -361,8 +405,8 @@ def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: l
     classes: dict[str, str] = {}
     for name, fields in configs.items():
         towers = "text_encoder" in name or name == "image_encoder"
-        classes[name] = fields["architectures"][0] if towers else fields["_class_name"]
-        index[name] = ["transformers" if towers else "diffusers", classes[name]]
+        classes[name] = fields["architectures"][0] if towers else fields.get("_class_name", "CLIPImageProcessor")
+        index[name] = ["transformers" if towers or name == "feature_extractor" else "diffusers", classes[name]]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
     if xl and clip is not None:
         index["force_zeros_for_empty_prompt"] = clip.absent == "zero"

@@ -13,11 +13,14 @@ from latentkit.checkpoints.detect import said_prediction
 from latentkit.checkpoints.diffusers_folder import INDEX, is_folder, match_folder, read_folder, write_folder
 from latentkit.checkpoints.files import find, load_model, save_model
 from latentkit.checkpoints.ldm_file import filled, match, read_single, write_single
+from latentkit.checkpoints.lone import Lone, lone_part
 from latentkit.checkpoints.names.rename import finite
-from latentkit.checkpoints.probe import BOTH, settle
+from latentkit.checkpoints.probe import doubtful, settle
 from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.unet import UNetConfig
 
 Layout = Literal["ldm", "diffusers", "latentkit"]
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -32,7 +35,7 @@ class Opened(NamedTuple):
     provenance: dict[str, Any]
     layout: Layout
     certain: bool = True
-    """Whether what its network predicts is known; otherwise `probe.settle` asks the network."""
+    """Whether what its network predicts and its heads are known; otherwise `probe.settle` asks the network."""
 
 
 def layout_of(path: Path) -> Layout:
@@ -42,7 +45,7 @@ def layout_of(path: Path) -> Layout:
     if not path.exists():
         raise InputError(f"{path} does not exist", exit_code=2)
     if path.is_dir():
-        return "latentkit"
+        return "diffusers" if (path / "config.json").is_file() else "latentkit"
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         own = b'"latentkit"' in file.read(min(length, 1 << 16))
@@ -65,8 +68,7 @@ def open_model(
         return Opened(read_folder(path, device, dtype), {"source": "diffusers folder"}, layout)
     if layout == "ldm":
         model, found = read_single(path, device, dtype, averaged)
-        certain = found.certain or found.name not in BOTH
-        return Opened(model, {"source": f"single file, {found.name}"}, layout, certain)
+        return Opened(model, {"source": f"single file, {found.name}"}, layout, not doubtful(found.name, found.certain))
     path = find(path)
     stored = Counter(tensor.dtype for tensor in read_archive(path).tensors.values()).most_common(1)[0][0]
     model, provenance = load_model(path, device, dtype or stored)
@@ -114,6 +116,8 @@ def report(path: str | Path) -> dict[str, Any]:
     """What a model file or folder is, its parts, and all that is wrong with it; only unreadable ones raise."""
     path = Path(path)
     layout = layout_of(path)
+    if (lone := lone_part(path)) is not None:
+        return _lone(path, lone)
     found: dict[str, Any] = {"path": str(path), "layout": layout, "kind": layout, "ignored": {}, "averaged": False}
     if layout == "diffusers":
         model, state, complaints = match_folder(path)
@@ -123,7 +127,7 @@ def report(path: str | Path) -> dict[str, Any]:
         archive = read_archive(path)
         matched = match(archive, str(path))
         model, state = matched.model, matched.state
-        if not (matched.found.certain or matched.complaints) and matched.found.name in BOTH:
+        if not matched.complaints and doubtful(matched.found.name, matched.found.certain):
             settle(filled(model, state, torch.device("cpu"), None), str(path))
         names = archive.tensors
         found |= {
@@ -143,10 +147,31 @@ def report(path: str | Path) -> dict[str, Any]:
         "size": list(architecture.size),
         "parts": _parts(state),
         "parameters": sum(tensor.numel() for tensor in state.values()),
-        "network": _network(model),
+        "network": _levels(architecture.network),
         "suspicious": suspicious(state),
     }
     return found
+
+
+def _lone(path: Path, lone: Lone) -> dict[str, Any]:
+    """What is to be said of a part alone."""
+    own = isinstance(lone.config, AutoencoderConfig)
+    network = _autoencoder(lone.config) if isinstance(lone.config, AutoencoderConfig) else _levels(lone.config)
+    return {
+        "path": str(path),
+        "layout": lone.layout,
+        "kind": f"{lone.part} alone ({lone.name or 'of no released shape'})",
+        "ignored": {"what takes no part": lone.aside} if lone.aside else {},
+        "averaged": False,
+        "wrong": lone.complaints.lines(None),
+        "says": "its config.json" if lone.statistics or not own else None,
+        "prediction": None,
+        "size": None,
+        "parts": {lone.part: _part(list(lone.state.values()))},
+        "parameters": sum(tensor.numel() for tensor in lone.state.values()),
+        "network": network,
+        "suspicious": suspicious(lone.state),
+    }
 
 
 PARTS = {"denoiser.": "U-Net", "first_stage.": "first stage", "conditioners.": "conditioners"}
@@ -157,18 +182,25 @@ def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     for prefix, title in PARTS.items():
         tensors = [tensor for name, tensor in state.items() if name.startswith(prefix)]
         if tensors:
-            types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.ndim)
-            parts[title] = {
-                "tensors": len(tensors),
-                "parameters": sum(t.numel() for t in tensors),
-                "types": dict(types),
-            }
+            parts[title] = _part(tensors)
     return parts
 
 
-def _network(model: LatentDiffusion) -> list[str]:
+def _part(tensors: list[Tensor]) -> dict[str, Any]:
+    types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.ndim)
+    return {"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors), "types": dict(types)}
+
+
+def _autoencoder(config: AutoencoderConfig) -> list[str]:
+    """A picture of an autoencoder."""
+    widths = ", ".join(str(config.channels * multiplier) for multiplier in config.multipliers)
+    latent = f"{config.latent_channels} latent channels, {config.downsampling} pixels to a cell"
+    codes = f"; {config.codes} codes" if config.codes else ""
+    return [f"{latent}{codes}", f"levels {widths} wide, {config.blocks} blocks"]
+
+
+def _levels(config: UNetConfig) -> list[str]:
     """A picture of the U-Net: one line for each level."""
-    config = model.architecture.network
     lines = [f"{config.channels_in} channels in, {config.channels_out} out"]
     for level, (multiplier, depth) in enumerate(zip(config.multipliers, config.depth)):
         width = config.channels * multiplier

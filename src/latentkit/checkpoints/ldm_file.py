@@ -13,12 +13,13 @@ from torch import Tensor
 from latentkit.checkpoints.detect import DESCRIPTION, Found, single_file
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.names.ldm_names import EMA, FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
-from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed, taken
+from latentkit.checkpoints.names.rename import Complaints, Pair, finite, given, prefixed, taken
 from latentkit.checkpoints.names.tower_names import modern, single_file_pairs, unused
 from latentkit.checkpoints.storage.archive import Archive, read_archive
 from latentkit.checkpoints.storage.tensors import write_tensors
 from latentkit.checkpoints.storage.vocabulary import has_bert, read_bert
 from latentkit.errors import InputError
+from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 from latentkit.nets.tiny import TinyConfig
 
@@ -36,6 +37,9 @@ IGNORED = {
     "counters of training": r"(.*\.)?(num_batches_tracked|global_step)",
 }
 """Tensors that take no part in a picture, by what they are."""
+AUGMENTOR = "parts of a text or image tower that take no part"
+OF_EMBEDDINGS = {f"conditioners.image.{kind}": f"noise_augmentor.data_{kind}" for kind in ("mean", "std")}
+"""unCLIP's mean and deviation of embedded pictures."""
 
 
 class Match(NamedTuple):
@@ -112,12 +116,19 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
     for name in tensors.keys() - {pair.theirs for pair in pairs}:
         kind = next((kind for kind, pattern in IGNORED.items() if re.fullmatch(pattern, name)), None)
         if kind is None and unused(name):
-            kind = "parts of a text or image tower that take no part"
+            kind = AUGMENTOR
         if kind is None:
             complaints.unknown.append(name)
         else:
             ignored.setdefault(kind, []).append(name)
     ours |= statistics(model, [0.0], [1 / found.latent_scale])
+    for name, theirs in OF_EMBEDDINGS.items():
+        if name in ours and theirs in tensors:
+            ignored[AUGMENTOR].remove(theirs)
+            tensor = tensors[theirs].reshape(1, -1).float()
+            if tensor.shape != ours[name].shape or not finite(tensor):
+                complaints.shape.append(theirs)
+            ours[name] = tensor
     return Match(found, model, ours, complaints, ignored, bool(averages))
 
 
@@ -159,7 +170,9 @@ def read_single(
     return filled(matched.model, matched.state, torch.device(device), dtype), matched.found
 
 
-def folded(model: LatentDiffusion, scale: float, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def folded(
+    stage: FirstStage, scale: float, dtype: torch.dtype | None = None, prefix: str = OUR_FIRST_STAGE
+) -> dict[str, Tensor]:
     """The autoencoder's outermost convolutions for latents that others multiply with `scale` and shift by nothing.
 
     Our latents are (raw - mean) / std by channel; theirs are raw times `scale`. So raw latents become
@@ -167,7 +180,6 @@ def folded(model: LatentDiffusion, scale: float, dtype: torch.dtype | None = Non
     decoder, in `dtype` (None: the weights'). Empty where there is nothing to change. Errors: InputError for a codebook,
     whose distances it would change.
     """
-    stage = model.first_stage
     mean, std = (part.double().cpu() for part in (stage.latent_mean, stage.latent_std))
     ratio = std * scale
     assert stage.autoencoder is not None
@@ -188,7 +200,7 @@ def folded(model: LatentDiffusion, scale: float, dtype: torch.dtype | None = Non
         "from_latent.weight": back.weight.double().cpu() * ratio[:, None, None],
         "from_latent.bias": _bias(back).double().cpu() + back.weight.double().cpu()[:, :, 0, 0] @ mean,
     }
-    return {OUR_FIRST_STAGE + name: tensor.to(dtype or to.weight.dtype) for name, tensor in kinds.items()}
+    return {prefix + name: tensor.to(dtype or to.weight.dtype) for name, tensor in kinds.items()}
 
 
 def _bias(layer: torch.nn.Conv2d) -> Tensor:
@@ -196,9 +208,9 @@ def _bias(layer: torch.nn.Conv2d) -> Tensor:
     return layer.bias
 
 
-def usual_scale(model: LatentDiffusion) -> float:
-    """The one factor on raw latents that this model has, or Stable Diffusion's where it has statistics by channel."""
-    mean, std = model.first_stage.latent_mean, model.first_stage.latent_std
+def usual_scale(stage: FirstStage) -> float:
+    """The one factor on raw latents that this has, or Stable Diffusion's where it has statistics by channel."""
+    mean, std = stage.latent_mean, stage.latent_std
     one = not mean.any() and torch.allclose(std, std[:1].expand_as(std), rtol=1e-6)
     return round(1 / float(std[0]), 7) if one else 0.18215
 
@@ -212,10 +224,12 @@ def write_single(
     """
     pairs = single_pairs(model)
     architecture = model.architecture
-    scale = usual_scale(model)
-    tensors = given(pairs, model.state_dict() | folded(model, scale, dtype))
+    scale = usual_scale(model.first_stage)
+    tensors = given(pairs, model.state_dict() | folded(model.first_stage, scale, dtype))
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    if architecture.image and architecture.image.slot == "vector":
+        tensors |= {theirs: model.state_dict()[ours].float() for ours, theirs in OF_EMBEDDINGS.items()}
     if architecture.prediction == "v":
         tensors["v_pred"] = torch.zeros(0)
     document = {"architecture": asdict(architecture), "state": model.state(), "latent_scale": scale}

@@ -31,15 +31,17 @@ def _place(path: Path) -> Path:
     """A diffusers folder as it is, else what the name means wherever a model is named."""
     from latentkit.checkpoints.files import find
 
-    return path if (path / "model_index.json").exists() else find(path)
+    foreign = any((path / name).exists() for name in ("model_index.json", "config.json"))
+    return path if foreign else find(path)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['path']}: {found['kind']}, layout {found['layout']}, {found['parameters'] / 1e6:,.2f} M parameters",
-        f"  predicts {found['prediction']} (the file says: {found['says'] or 'nothing'}); "
-        f"trained at {found['size'][1]}x{found['size'][0]} px",
     ]
+    if found["prediction"]:
+        says, (height, width) = found["says"] or "nothing", found["size"]
+        lines.append(f"  predicts {found['prediction']} (the file says: {says}); trained at {width}x{height} px")
     for title, part in found["parts"].items():
         types = ", ".join(f"{count} {kind}" for kind, count in part["types"].items())
         lines.append(f"  {title:<13} {part['parameters'] / 1e6:10,.2f} M in {part['tensors']} tensors ({types})")
@@ -66,12 +68,18 @@ def convert(
     averaged: Annotated[
         bool | None, typer.Option("--averaged/--plain", help="Take averaged weights, or those they were averaged of.")
     ] = None,
+    vae: Annotated[Path | None, typer.Option(help="An autoencoder to put in the place of the model's.")] = None,
+    unet: Annotated[Path | None, typer.Option(help="A U-Net to put in the place of the model's.")] = None,
 ) -> None:
-    """Write a model in another layout, read it back, and prove that every weight is the same."""
+    """Write a model in another layout, read it back, and prove that every weight is the same.
+
+    An autoencoder alone is written alone.
+    """
     from typing import cast, get_args
 
     from latentkit.checkpoints.layouts import TYPES, Layout, differences, open_model, write_model
     from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE
+    from latentkit.checkpoints.lone import with_part
     from latentkit.checkpoints.probe import settle
     from latentkit.cli.adapters import bake, converted
     from latentkit.errors import InputError, nearest
@@ -85,10 +93,15 @@ def convert(
     if target.exists():
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
     source = _place(source)
+    wanted = TYPES[dtype] if dtype else None
+    if _converted_alone(source, target, to, wanted, vae or unet):
+        return
     opened = open_model(source, averaged=averaged)
+    for part in (vae, unet):
+        if part is not None:
+            opened = opened._replace(model=with_part(opened.model, part))
     if not opened.certain:
         settle(opened.model, str(source))
-    wanted = TYPES[dtype] if dtype else None
     if lora:
         bake(opened.model, lora, wanted)
     write_model(target, opened, cast(Layout, to), wanted)
@@ -107,6 +120,41 @@ def convert(
         raise InputError(f"{target} is not what was to be written: {first}: {apart[first]}, and {len(apart) - 1} more")
     count = len(expected) - len(apart)
     typer.echo(f"{target}: read back, {count} of {len(expected)} tensors bit for bit the same as in {source}")
+
+
+def _converted_alone(source: Path, target: Path, to: str, dtype: Any, other: Path | None) -> bool:
+    """Whether the source is an autoencoder alone, which then is written and compared."""
+    from latentkit.checkpoints.files import load_autoencoder, save_autoencoder
+    from latentkit.checkpoints.layouts import differences
+    from latentkit.checkpoints.lone import lone_first_stage, lone_part, write_first_stage
+    from latentkit.errors import InputError
+
+    lone = lone_part(source)
+    if lone is None:
+        return False
+    stage = lone_first_stage(source)
+    if stage is None or other is not None:
+        raise InputError(
+            f"{source} is a {lone.part} alone; to put it into a model: latentkit convert MODEL {target} --to {to} "
+            f"--{'vae' if stage else 'unet'} {source}",
+            exit_code=2,
+        )
+    if to == "latentkit":
+        save_autoencoder(target, stage, {"source": f"{lone.part} alone"}, dtype or stage.dtype)
+        again = load_autoencoder(target, dtype=None)
+    else:
+        write_first_stage(target, stage, to, dtype)
+        again = lone_first_stage(target) or stage
+    assert stage.autoencoder is not None
+    assert again.autoencoder is not None
+    expected = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stage.autoencoder.state_dict().items()}
+    apart = differences(expected, again.autoencoder.state_dict())
+    if apart:
+        raise InputError(
+            f"{target} is not what was to be written: {next(iter(apart))} and {len(apart) - 1} more differ"
+        )
+    typer.echo(f"{target}: read back, {len(expected)} of {len(expected)} tensors bit for bit the same as in {source}")
+    return True
 
 
 def diff(

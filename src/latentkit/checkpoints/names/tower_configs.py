@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from latentkit.errors import InputError
+from latentkit.model.conditioners.image import MEAN, STD
 from latentkit.nets.clip import ClipImageConfig, ClipTextConfig
 
 VERSION = "4.57.0"
@@ -102,6 +103,25 @@ def image_json(config: ClipImageConfig) -> dict[str, Any]:
         "model_type": "clip_vision_model",
         "num_channels": 3,
         **_json(config, IMAGE),
+    }
+
+
+def preprocessor_json(config: ClipImageConfig) -> dict[str, Any]:
+    """The preprocessor_config.json of what prepares pictures for our image tower."""
+    side = {"height": config.size, "width": config.size}
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": side,
+        "do_center_crop": True,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "size": {"shortest_edge": config.size},
     }
 
 
