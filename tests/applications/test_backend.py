@@ -26,6 +26,7 @@ from latentkit.checkpoints.names.rename import given
 from latentkit.data.pictures import to_png
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.errors import InputError
+from latentkit.model import first_stage
 from latentkit.nets.controlnet import ControlNet
 from latentkit.nets.lora import Change
 from latentkit.nets.unet import UNet, UNetConfig
@@ -106,6 +107,12 @@ def test_image_to_image_passes_both_halves_of_the_first_stage(tmp_path: Path) ->
     assert len(kept() - before) >= 2, "the encoder was not converted"
 
 
+def test_pictures_that_torch_draws_in_strips_pass_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(first_stage.WHOLE_PIXELS, "cpu", 0)
+    monkeypatch.setattr(first_stage, "Strips", None)
+    assert torch.isfinite(drawn(asked("openvino"))).all()
+
+
 def test_what_is_put_on_a_network_is_converted_too(tmp_path: Path) -> None:
     """LoRA, ControlNet and perturbed attention at once; without any one of them it is another picture."""
     fields = {"lora": [(lora(tmp_path), 0.8)], "control": [controlled(tmp_path)], "pag_scale": 2.0}
@@ -154,6 +161,14 @@ def test_a_conversion_is_made_once_and_again_when_weights_change_or_it_is_damage
     made.write_bytes(content[:100])
     assert torch.equal(answer(copy.deepcopy(network)), changed)
     assert made.read_bytes() == content
+
+
+@torch.no_grad()
+def test_a_network_that_is_widened_computes_in_float32_from_then_on() -> None:
+    network = nn.Conv2d(4, 4, 3).bfloat16()
+    running = Converted(network)
+    rounded, exact = running(X.bfloat16()).float(), network.float()(X)
+    assert relative(running(X), exact) < 1e-5 < relative(rounded, exact)
 
 
 def test_conversions_used_longest_ago_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,7 +265,9 @@ def test_other_devices_and_pictures_in_strips_are_refused() -> None:
         check(asked("openvino"), copy.deepcopy(NETWORK).to("meta"))
     with pytest.raises(InputError, match="4096x2048"):
         check(asked("openvino", width=4096, height=2048), NETWORK)
-    check(asked(None, width=4096, height=2048), NETWORK)
+    with pytest.raises(InputError, match="leave out low memory"):
+        check(asked("openvino", width=32, height=32), NETWORK, low_memory=True)
+    check(asked(None, width=4096, height=2048), NETWORK, low_memory=True)
 
 
 def test_the_package_reports_nothing_over_the_network() -> None:

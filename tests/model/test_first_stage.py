@@ -119,6 +119,9 @@ def test_large_pictures_pass_in_strips_with_the_same_values(monkeypatch: pytest.
         torch.testing.assert_close(stage.encode(pixels), whole, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(stage.decode(whole), drawn, rtol=1e-4, atol=1e-5)
         assert used == [None, None]
+        with stage.in_strips(False):
+            torch.testing.assert_close(stage.decode(whole), drawn, rtol=0, atol=0)
+        assert used == [None, None]
         monkeypatch.setattr(os, "sysconf", lambda name: 1)
         torch.testing.assert_close(stage.decode(whole), drawn, rtol=1e-4, atol=1e-5)
         assert used[2] is not None

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ from latentkit.applications.request import Request, known
 from latentkit.checkpoints.files import Model, load
 from latentkit.data.source import cache_home
 from latentkit.errors import InputError
-from latentkit.model.first_stage import WHOLE_PIXELS
+from latentkit.model.first_stage import WHOLE_ELSEWHERE, FirstStage
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.layers import sinusoids
 from latentkit.nets.unet import Descending
@@ -44,7 +44,7 @@ Form = tuple[tuple[str, int | None], ...]
 """How a network is called: each argument with the length of its list (None: one tensor; 0: a flag that is on)."""
 
 
-def check(request: Request, network: LatentDiffusion) -> None:
+def check(request: Request, network: LatentDiffusion, low_memory: bool = False) -> None:
     """InputError where a resolved request asks for a backend that is not at hand or cannot draw it."""
     if request.backend != "openvino":
         return
@@ -52,12 +52,12 @@ def check(request: Request, network: LatentDiffusion) -> None:
     device = network.first_stage.latent_mean.device
     if device.type != "cpu":
         raise InputError(f"backend 'openvino' draws on the CPU and the model lies on {device}; load it there")
+    if low_memory:
+        raise InputError("backend 'openvino' keeps its own copy of the weights: leave out low memory", exit_code=2)
     pixels = known(request.height) * known(request.width)
-    if network.first_stage.autoencoder is not None and pixels > WHOLE_PIXELS:
-        got = (
-            f"backend 'openvino' takes {WHOLE_PIXELS} pixels at most and is asked for {request.width}x{request.height}"
-        )
-        raise InputError(f"{got}, which pass the first stage in strips; take backend 'torch'", exit_code=2)
+    if network.first_stage.autoencoder is not None and pixels > WHOLE_ELSEWHERE:
+        got = f"{request.width}x{request.height} pixels are asked of backend 'openvino', which takes {WHOLE_ELSEWHERE}"
+        raise InputError(f"{got}: more pass the first stage in strips; take backend 'torch'", exit_code=2)
 
 
 def version() -> str:
@@ -85,7 +85,7 @@ def running(network: LatentDiffusion, request: Request) -> AbstractContextManage
             calls.append(Converted(getattr(own, name), own.config, part))
     others = [known(guide.model).network.denoiser.unet for guide in (request.guidance_model, request.refiner) if guide]
     others += [known(file.content) for file, *_ in request.control or ()]
-    return _Running([*calls, *(Converted(other) for other in others)])
+    return _Running([*calls, *(Converted(other) for other in others)], network.first_stage)
 
 
 def _part(again: Callable[[], LatentDiffusion] | None, name: str) -> Callable[[], nn.Module] | None:
@@ -110,18 +110,21 @@ _AGAIN: WeakKeyDictionary[LatentDiffusion, Callable[[], LatentDiffusion]] = Weak
 
 
 class _Running:
-    """See `running`."""
+    """See `running`; pictures pass the first stage whole, since strips are torch's work."""
 
-    def __init__(self, calls: list["Converted"]) -> None:
-        self.calls = calls
+    def __init__(self, calls: list["Converted"], first_stage: FirstStage) -> None:
+        self.calls, self.first_stage = calls, first_stage
+        self.inside = ExitStack()
 
     def __enter__(self) -> None:
+        self.inside.enter_context(self.first_stage.in_strips(False))
         for call in self.calls:
             vars(call.network)["forward"] = call
 
     def __exit__(self, *error: object) -> None:
         for call in self.calls:
             vars(call.network).pop("forward", None)  # one that takes two parts is there twice
+        self.inside.close()
 
 
 class Converted:
@@ -143,7 +146,9 @@ class Converted:
         form, tensors = self._told(args, named)
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
             raise InputError("backend 'openvino' gives no gradient, which this guidance needs; take backend 'torch'")
-        kept = self._kept = self._kept or _kept(self.network)
+        if self._kept is None or self._kept.dtype != _dtype(self.network):
+            self._kept = _kept(self.network)
+        kept = self._kept
         if form not in kept.models:
             kept.models[form] = _Compiled(self._model(kept, form, tensors), "bf16" if kept.half and _bf16() else "f32")
         rows = [(x.float() if x.is_floating_point() else x).contiguous().numpy() for x in tensors]
@@ -277,8 +282,9 @@ def _kept(network: nn.Module) -> _Kept:
     """What is in memory of the network as it is now."""
     kept, threads = _MEMORY.get(network), torch.get_num_threads()
     digest = kept.digest if kept is not None and _gone(network) else _digest(network)
-    if kept is None or (kept.digest, kept.threads) != (digest, threads):
-        _MEMORY[network] = kept = _Kept(digest, _dtype(network), threads)
+    wanted = digest, _dtype(network), threads
+    if kept is None or (kept.digest, kept.dtype, kept.threads) != wanted:
+        _MEMORY[network] = kept = _Kept(*wanted)
     return kept
 
 

@@ -55,7 +55,7 @@ class FirstStage(nn.Module):
         self.picture_channels = picture_channels
         self.latent_channels = config.latent_channels if config else picture_channels
         self.downsampling = config.downsampling if config else 1
-        self._in_strips = False
+        self._in_strips: bool | None = None  # by their size
         self.register_buffer("latent_mean", torch.zeros(self.latent_channels))
         self.register_buffer("latent_std", torch.ones(self.latent_channels))
 
@@ -101,9 +101,12 @@ class FirstStage(nn.Module):
         return (strips or self.autoencoder).decode(raw.to(self.dtype)).float().to(raw.device)
 
     @contextmanager
-    def in_strips(self) -> Iterator[None]:
-        """Inside of this context pictures of any size pass in strips, which takes the least memory."""
-        before, self._in_strips = self._in_strips, True
+    def in_strips(self, on: bool = True) -> Iterator[None]:
+        """Inside of this context pictures of any size pass in strips, which takes the least memory.
+
+        With `on` false they pass whole up to `WHOLE_ELSEWHERE` pixels, on a CPU too.
+        """
+        before, self._in_strips = self._in_strips, on
         try:
             yield
         finally:
@@ -114,9 +117,11 @@ class FirstStage(nn.Module):
 
         What lies between the segments goes to files where it would fill more than half of the free memory.
         """
-        network, device = self.autoencoder, self.latent_mean.device.type
-        most_whole = 0 if self._in_strips else WHOLE_PIXELS.get(device, WHOLE_ELSEWHERE)
-        if not isinstance(network, Autoencoder) or pixels <= most_whole or torch.is_grad_enabled():
+        network = self.autoencoder
+        if not isinstance(network, Autoencoder) or torch.is_grad_enabled():
+            return None
+        usual = WHOLE_PIXELS.get(network.from_latent.weight.device.type, WHOLE_ELSEWHERE)
+        if pixels <= {None: usual, True: 0, False: WHOLE_ELSEWHERE}[self._in_strips]:
             return None
         widest = max(network.config.channels * m for m in network.config.multipliers) * self.dtype.itemsize
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
