@@ -10,12 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny, standing_in
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
 from latentkit.checkpoints.files import load_autoencoder, load_model, save_autoencoder, save_model
+from latentkit.checkpoints.layouts import open_model
 from latentkit.checkpoints.ldm_file import write_single
 from latentkit.checkpoints.names.tiny_names import tiny_config, tiny_json
+from latentkit.cli import application
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -168,10 +171,21 @@ def test_one_stands_in_for_the_first_stage_of_a_model(tmp_path: Path) -> None:
     half = standing_in(family.model("SD 1", torch.bfloat16), path)
     assert {one.dtype for one in half.first_stage.parameters()} == {torch.bfloat16}
     (tmp_path / "other").mkdir()
-    with pytest.raises(
-        InputError, match=r"16 of latents, 2 pixels a cell; the model's .* 4 of latents"
-    ):
+    with pytest.raises(InputError, match=r"16 of latents, 2 pixels a cell; the model's .* 4 of latents"):
         standing_in(model, written(tmp_path / "other", "two files", 16))
+
+
+def test_the_command_line_puts_one_into_a_model(tmp_path: Path) -> None:
+    path = written(tmp_path, "two files")
+    write_single(tmp_path / "sd.safetensors", family.model("SD 1"), "test")
+    for to, target in (("latentkit", "own.safetensors"), ("diffusers", "folder")):
+        asked = ["convert", str(tmp_path / "sd.safetensors"), str(tmp_path / target), "--to", to, "--vae", str(path)]
+        result = CliRunner().invoke(application(), asked)
+        assert result.exit_code == 0, result.output
+        assert "tensors bit for bit the same" in result.output
+        z = torch.randn(1, 4, 8, 8)
+        made = open_model(tmp_path / target).model
+        torch.testing.assert_close(made.first_stage.decode(z), read_tiny(path).decode(z))
 
 
 def test_what_is_missing_left_over_or_wrong_is_named(tmp_path: Path) -> None:
