@@ -120,7 +120,7 @@ def generate(
     held: dict[str, Any] = {}
     for request in asked:
         full = opened(resolve(request, model.network, defaults), model.network, held)
-        check(full, model.network)
+        check(full, model.network, low_memory or model.place is not None)
         _warn(model.network, full)
         if (last := known(full.seed) + count - 1) >= 2**63:
             raise InputError(f"seeds {full.seed} to {last} asked for; allowed are 0 to {2**63 - 1}", exit_code=2)
@@ -148,7 +148,7 @@ def _warn(network: LatentDiffusion, request: Request) -> None:
 def replay(model: Model, record: Record) -> Iterator[Progress | Result]:
     """Draw the picture of a record again, in a batch of the size that it was drawn in."""
     request = opened(resolve(record.request, model.network, {}), model.network, {})
-    check(request, model.network)
+    check(request, model.network, bool(record.strips))
     model = model._replace(name=record.model) if model.digest == record.digest else model
     way = _Way(bool(record.strips), set(), record.wide or ())
     for event in _draw(model, dict.fromkeys(range(record.batch), request), way, 0.0, 1.0):
