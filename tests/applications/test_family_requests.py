@@ -40,6 +40,7 @@ def network(architecture: Architecture) -> LatentDiffusion:
 
 SD1_SHAPE, V2_SHAPE = family.ARCHITECTURES["SD 1"], family.ARCHITECTURES["SD 2"]
 SD1, XL, REFINER = (Model(family.model(name), {}, name) for name in ("SD 1", "XL", "refiner"))
+SD2 = Model(network(V2_SHAPE), {}, "SD 2")
 UNCLIP = Model(
     network(replace(V2_SHAPE, network=replace(V2_SHAPE.network, vector_width=32), image=ImageConfig(SEEN))),
     {},
@@ -207,6 +208,14 @@ def test_an_inversion_has_its_files_name_and_is_gone_after_the_picture(
     assert said == "no prompt says 'cat': that textual inversion has no effect"
 
 
+def test_a_guidance_model_reads_the_same_words(inversion: WeightsFile) -> None:
+    weaker: dict[str, Any] = {"guidance_model": Guide("8" * 64, XL), "guidance_scale": 3.0, **FEW}
+    plain = drawn(XL, TextToImage(prompt="a cat", **weaker))
+    for more in ({"embedding": ((inversion, None),)}, {"clip_skip": 2}):
+        other = drawn(XL, TextToImage(prompt="a cat", **weaker, **more))
+        assert not torch.equal(other.picture, plain.picture)
+
+
 def test_an_inversion_for_another_model_is_refused(inversion: WeightsFile) -> None:
     with pytest.raises(InputError, match="textual inversion 'cat' has vectors of shape"):
         next(generate(SD1, TextToImage(prompt="cat", embedding=((inversion, None),))))
@@ -226,6 +235,8 @@ def test_variations_of_a_picture(picture: Attachment) -> None:
     begun = drawn(UNCLIP, Request(init=picture, variation=picture, **FEW))
     assert begun.request.task == "image-to-image"
     assert not torch.equal(begun.picture, drawn(UNCLIP, Request(init=picture, **FEW)).picture)
+    refined = Request(init=picture, variation=picture, refiner=Guide("7" * 64, SD2), **FEW)  # which sees no picture
+    assert not torch.equal(drawn(UNCLIP, refined).picture, begun.picture)
     record = read(first.png(), "x.png")
     with pytest.raises(InputError, match="needs the variation picture whose pixels"):
         next(replay(UNCLIP, record))

@@ -270,13 +270,15 @@ def _worded(request: Request, name: str, words: str | None) -> str | Prompt | No
 
 def _shown(network: LatentDiffusion, request: Request) -> ImagePrompt | None:
     """The request's picture to draw variations of, and noise on what the model makes of it."""
-    if request.variation is None:
+    image = network.architecture.image
+    if request.variation is None or image is None:
         return None
     picture = to_tensor(known(request.variation.picture), 3)
     if request.noise_level is None:
         return ImagePrompt(picture)
-    width = known(network.architecture.image).tower.projection
-    return ImagePrompt(picture, request.noise_level, keyed_normal((1, width), known(request.seed), "variation"))
+    return ImagePrompt(
+        picture, request.noise_level, keyed_normal((1, image.tower.projection), known(request.seed), "variation")
+    )
 
 
 def _numbers(network: LatentDiffusion, requests: Sequence[Request], away: bool = False) -> dict[str, list[Any]]:

@@ -229,6 +229,12 @@ def canvas_size(request: Request) -> tuple[int, int]:
     return height + top + bottom, width + left + right
 
 
+def models_of(request: Request, network: LatentDiffusion) -> list[LatentDiffusion]:
+    """All models that are told what the request says: that which draws, its refiner, its guidance model."""
+    others = [guide.model.network for guide in (request.refiner, request.guidance_model) if guide and guide.model]
+    return [network, *others]
+
+
 def known(value: T | None) -> T:
     """A field of a resolved request, which is never None."""
     assert value is not None, "the request is not resolved"

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from latentkit.applications.attachment import Guide
 from latentkit.applications.plan import path_of, switch_step
-from latentkit.applications.request import OPTIONS, PICTURES, Request, Task, canvas_size, known
+from latentkit.applications.request import OPTIONS, PICTURES, Request, Task, canvas_size, known, models_of
 from latentkit.applications.tasks import places
 from latentkit.checkpoints.files import Model, invalid
 from latentkit.diffusion.samplers.driver import split_name, table
@@ -285,7 +285,7 @@ def _check_guidance(request: Request, network: LatentDiffusion) -> None:
     if network.architecture.distilled:
         low, high = known(request.guidance_low), known(request.guidance_high)
         interval = (low, high) != (FALLBACK["guidance_low"], FALLBACK["guidance_high"])
-        idle = {"a negative prompt": request.negative, "a guidance model": guide, "guidance kind": kind}
+        idle: dict[str, Any] = {"a negative prompt": request.negative, "a guidance model": guide, "guidance kind": kind}
         for what, given in {
             **idle,
             "guidance rescale": request.guidance_rescale,
@@ -413,8 +413,7 @@ def _check_noise_level(request: Request, network: LatentDiffusion) -> None:
 
 def _check_words(request: Request, network: LatentDiffusion) -> None:
     """Clip skip and textual inversions are CLIP's, and each inversion has a name of its own."""
-    refiner = request.refiner and request.refiner.model
-    for model in (network, *([refiner.network] if refiner else [])):
+    for model in models_of(request, network):
         text = dict(model.conditioners.items()).get("text")
         for field in ("clip_skip", "embedding"):
             if getattr(request, field) is not None and not isinstance(text, ClipConditioner):

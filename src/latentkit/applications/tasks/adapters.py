@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentkit.applications.attachment import WeightsFile
-from latentkit.applications.request import Request, known
+from latentkit.applications.request import Request, known, models_of
 from latentkit.checkpoints.adapters.control_files import read_control
 from latentkit.checkpoints.adapters.inversions import Inversion, read_inversion
 from latentkit.checkpoints.adapters.lora_files import read_lora
@@ -76,13 +76,11 @@ def _check_kinds(entries: tuple[Any, ...]) -> None:
 
 
 def knowing(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:
-    """A context in which the request's textual inversions stand for words, of the model and of its refiner."""
+    """A context in which the request's textual inversions stand for words, whichever of its models reads them."""
     contexts = ExitStack()
-    refiner = request.refiner and request.refiner.model
     learnt = {known(name): known(file.content).vectors for file, name in request.embedding or ()}
-    for each in (network, *([refiner.network] if refiner else [])):
-        if learnt:
-            contexts.enter_context(_text(each).knowing(learnt))
+    for each in models_of(request, network) if learnt else ():
+        contexts.enter_context(_text(each).knowing(learnt))
     return contexts
 
 
