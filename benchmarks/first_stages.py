@@ -4,9 +4,9 @@
 
 Times of training are processor times of one thread, so that other work on the machine does not count; the two sides of
 a comparison run at once, one core each, and change places from seed to seed. Every arm that is finished is kept in
-FOLDER and not run again: stop and start at will. The peer runs in the fastest of its types, memory formats and compile
-modes, which are tried first. Two cores take about 20 minutes for `equal-time`, 15 for each of `spectrum` and
-`equal-error`, 5 for `strips`.
+FOLDER and not run again: stop and start at will. The peer runs in the fastest of its types and memory formats, compiled
+where that is faster still and leaves its gradients as they are, and with the best of three learning rates. Two quiet
+cores take about 25 minutes for `equal-time`, 20 for each of `spectrum` and `equal-error`, 5 for `strips`.
 """
 
 import argparse
