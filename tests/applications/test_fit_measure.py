@@ -78,7 +78,7 @@ def test_a_rehearsal_tells_of_steps_that_are_skipped(tiny):
 def test_both_stages_are_measured(tiny, kind):
     found, train = planned(tiny, kind)
     first = measure_autoencoder(found.autoencoder, train)
-    second = measure_diffusion(found.diffusion, found.autoencoder.network, train)
+    second = measure_diffusion(found.diffusion, found.autoencoder, train)
     for measured in (first, second):
         assert 0 < measured.seconds < 10
         assert 10**7 < measured.memory < 10**11

@@ -22,6 +22,7 @@ from latentkit.evaluation.first_stage import (
     chosen_codes,
     evaluate,
     lines,
+    measure,
     open_distance,
     open_first_stage,
     usage,
@@ -138,6 +139,11 @@ def test_a_picture_that_went_bad_is_named(folder):
         path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="no picture could be measured"):
         evaluate(FirstStage(None, 3), source)
+
+
+def test_no_picture_cannot_be_measured():
+    with pytest.raises(InputError, match="there is none"):
+        measure(FirstStage(None, 3), [])
 
 
 def test_channels_that_do_not_fit_are_refused(folder):

@@ -23,6 +23,31 @@ def test_plain_lines_without_a_terminal(capsys, monkeypatch):
     assert shown.rate == 2.0
 
 
+def test_portions_are_the_time_of_steps_alone(monkeypatch):
+    """What lies between two steps is not counted; steps done again after a return begin a portion of their own."""
+    now, busy = [0.0], [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress.time, "process_time", lambda: busy[0])
+
+    def step(number, seconds):
+        now[0] += 100  # samples, saving
+        busy[0] += 50
+        shown.begin()
+        now[0] += seconds
+        busy[0] += 2 * seconds
+        shown.update(number, 0.5)
+
+    with Progress(steps=20, batch=4, silent=True) as shown:
+        assert shown.portion() == {}
+        step(11, 1.0)
+        step(12, 2.0)
+        assert shown.portion() == {"since": 10, "seconds": 3.0, "thread_seconds": 6.0}
+        assert shown.portion() == {}
+        step(13, 4.0)
+        step(9, 8.0)
+        assert shown.portion() == {"since": 8, "seconds": 8.0, "thread_seconds": 16.0}
+
+
 def test_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "120")

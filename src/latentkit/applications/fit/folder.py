@@ -107,7 +107,7 @@ def _plan(source: Source, asked: Asked, run: Path, begun: float) -> FitPlan:
     )
     say("measuring both stages on this machine")
     first = measure_autoencoder(choice.autoencoder, train)
-    second = measure_diffusion(choice.diffusion, choice.autoencoder.network, train)
+    second = measure_diffusion(choice.diffusion, choice.autoencoder, train)
     costs = Costs(
         first=first,
         second=second,

@@ -24,7 +24,6 @@ from latentkit.data.source import Source
 from latentkit.errors import InputError
 from latentkit.evaluation.reconstruction import reconstruction
 from latentkit.model.first_stage import FirstStage
-from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.training import distributed
 from latentkit.training.diffusion import DiffusionObjective
 from latentkit.training.first_stage.autoencoder import AutoencoderObjective
@@ -144,9 +143,9 @@ def measure_autoencoder(recipe: AutoencoderRecipe, train: Pictures) -> Measured:
     return measured.model_copy(update={**found, "seconds": seconds})
 
 
-def measure_diffusion(recipe: DiffusionRecipe, autoencoder: AutoencoderConfig | None, train: Pictures) -> Measured:
-    """Time and memory of the second stage on latents drawn at random (None: on pixels drawn at random)."""
-    first_stage = FirstStage(autoencoder, recipe.data.transform.channels)
+def measure_diffusion(recipe: DiffusionRecipe, autoencoder: AutoencoderRecipe, train: Pictures) -> Measured:
+    """Time and memory of the second stage on latents drawn at random."""
+    first_stage = FirstStage(autoencoder.network, autoencoder.network.picture_channels)
     side = recipe.data.transform.size // first_stage.downsampling
     latents = _Noise(train.source, torch.randn(2 * first_stage.latent_channels, side, side))
     order = Order(len(train), recipe.schedule.batch, recipe.seed)

@@ -118,7 +118,7 @@ def compression(data: str, folder: Path, *, minutes: float, trained: Path, size:
         first_stages(data, own, minutes=FIRST * minutes, size=size, seed=seed, kinds=("kl",))
     count = _count(plan, part * DRAWING)
     known, held = (cache(lambda side=side: _features(plan, side)) for side in (0, 1))
-    reference = kept(folder / "reference.json", lambda: {"kid": kid(held(), known()).mean, "pictures": len(held())})
+    reference = kept(folder / "reference.json", lambda: _reference(held(), known()))
     rows = []
     for number, arm in enumerate(plan.arms):
         announce(plan, number)
@@ -190,6 +190,11 @@ def _features(plan: Plan, side: int) -> Tensor:
     return features(pictures.view(place, 0)[1] for place in track(places, count, "looking at pictures", not quiet()))
 
 
+def _reference(held: Tensor, known: Tensor) -> Row:
+    """What held-out pictures reach, where there are enough of them."""
+    return {"pictures": len(held), "kid": kid(held, known).mean if len(held) >= FEWEST else None}
+
+
 def _finished(arm: Arm, run: Path, plan: Plan, count: int, known: Callable[[], Tensor]) -> Row:
     """Train an arm and draw at each of its points, or take what is there."""
     model, last = train(arm.recipe, run), arm.recipe.schedule.steps
@@ -240,10 +245,16 @@ def _point(arm: Arm, path: Path, step: int, count: int, clock: Clock, known: Cal
 
 def _write(folder: Path, plan: Plan, rows: list[Row], reference: Row) -> Path:
     size, clock = plan.asked.size, "thread-seconds" if plan.clock == "thread_seconds" else "seconds"
+    real = reference["kid"] is not None
     lead = (
         f"The same network trained for {plan.seconds:.0f} {clock} at each downsampling on pictures of {size} px; "
         f"{rows[0]['drawn']} pictures drawn in {STEPS} steps by each. Distances are to the training pictures, "
-        f"in features of {NETWORK}; held-out pictures have a KID of {1e3 * reference['kid']:.2f}."
+        f"in features of {NETWORK}"
+        + (
+            f"; {reference['pictures']} held-out pictures have a KID x 1000 of {1e3 * reference['kid']:.2f}."
+            if real
+            else "."
+        )
     )
     shares = [f"{number}/{POINTS}" for number in range(1, POINTS + 1)]
     over: Columns = {"downsampling": COLUMNS["downsampling"]} | {
