@@ -24,7 +24,7 @@ def first_stages(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the runs and the table.")] = Path(
         "runs/paper/first-stages"
     ),
-    minutes: Minutes = 50.0,
+    minutes: Minutes = 40.0,
     size: Size = 64,
     seed: Seed = 0,
 ) -> None:
@@ -47,7 +47,7 @@ def compression(
     first_stages: Annotated[
         Path, typer.Option(help="Folder of the other command, whose KL first stages are taken if they are there.")
     ] = Path("runs/paper/first-stages"),
-    minutes: Minutes = 60.0,
+    minutes: Minutes = 50.0,
     size: Size = 64,
     seed: Seed = 0,
 ) -> None:
