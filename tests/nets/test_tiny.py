@@ -1,6 +1,5 @@
 """Tiny autoencoders: diffusers' numbers, sizes that are published, strips, gradients, refusals."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,13 +8,14 @@ from peer import distance, randomise
 from torch import Tensor
 
 from latentkit.errors import InputError
+from latentkit.model.presets import TINY
 from latentkit.nets import tiny
 from latentkit.nets.tiny import TinyAutoencoder, TinyConfig
 
-RELEASED = TinyConfig((1, 3, 3, 3))
+RELEASED = TINY["taesd"]
 SHAPES = {
     "4 channels": RELEASED,
-    "16 channels": replace(RELEASED, latent_channels=16),
+    "16 channels": TINY["taesd3"],
     "other": TinyConfig((2, 1), latent_channels=3, channels=8, picture_channels=2),
 }
 
