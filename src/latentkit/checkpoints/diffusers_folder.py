@@ -406,7 +406,8 @@ def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: l
     for name, fields in configs.items():
         towers = "text_encoder" in name or name == "image_encoder"
         classes[name] = fields["architectures"][0] if towers else fields.get("_class_name", "CLIPImageProcessor")
-        index[name] = ["transformers" if towers or name == "feature_extractor" else "diffusers", classes[name]]
+        library = "transformers" if towers or name == "feature_extractor" else "diffusers"
+        index[name] = ["stable_diffusion" if name == "image_normalizer" else library, classes[name]]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
     if xl and clip is not None:
         index["force_zeros_for_empty_prompt"] = clip.absent == "zero"
