@@ -18,10 +18,12 @@ from latentkit.applications.request import TextToImage
 from latentkit.checkpoints.files import load, save_model
 from latentkit.diffusion.noise import PictureNoise, keyed_batch
 from latentkit.model.conditioners.text import TextConditioner, train_tokenizer
+from latentkit.model.first_stage import WHOLE_PIXELS
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.model.presets import KL_F8, SCHEDULE, SD1
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.bottleneck import Posterior, posterior
+from latentkit.nets.strips import Strips
 from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNet, UNetConfig
 from latentkit.training.diffusion import DiffusionLoss, DiffusionObjective
@@ -95,7 +97,8 @@ def redraw(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if parameter.ndim > 1 or name.endswith("bias"):
             deviation = parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.02
-            parameter.data = torch.randn(parameter.shape, generator=generator) * deviation
+            drawn = torch.randn(parameter.shape, generator=generator) * deviation
+            parameter.data = drawn.to(parameter.dtype)
 
 
 def trained(loss: Callable[[], Tensor], named: dict[str, nn.Parameter], bf16: bool) -> Callable[[], Tensor]:
@@ -307,10 +310,10 @@ def evaluated(
     the side; "error" is our relative error in bfloat16, and "bfloat16" the same as a multiple of the peer's.
     """
 
-    def network() -> nn.Module:
+    def network(dtype: torch.dtype = torch.float32) -> nn.Module:
         with torch.device("meta"):
             made = Autoencoder(config) if isinstance(config, AutoencoderConfig) else UNet(config)
-        made = made.to_empty(device="cpu").eval().requires_grad_(False)
+        made = made.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
         redraw(made)
         for part in made.modules():
             if isinstance(part, (nn.GroupNorm, nn.LayerNorm)):
@@ -338,7 +341,7 @@ def evaluated(
         return module
 
     def ours() -> Callable[[], Tensor]:
-        run = prepared(engaged(network().bfloat16()), peer.Variant(True, cache is None, False))
+        run = prepared(engaged(network(torch.bfloat16)), peer.Variant(True, cache is None, False))
         run()
         return run
 
@@ -393,7 +396,10 @@ def stable_diffusion_decode(sizes: Sizes, folder: Path, openvino: bool = False) 
     z = keyed_batch(range(1), (config.latent_channels, side, side), 0, "z")
 
     def call(network: nn.Module, z: Tensor) -> Tensor:
-        return network.decode(z) if isinstance(network, Autoencoder) else network.decode(z).sample
+        if not isinstance(network, Autoencoder):
+            return network.decode(z).sample
+        in_strips = not openvino and (z.shape[-1] * config.downsampling) ** 2 > WHOLE_PIXELS["cpu"]  # as `FirstStage`
+        return (Strips(network) if in_strips else network).decode(z)
 
     return evaluated(config, (z,), call, folder if openvino else None)
 
