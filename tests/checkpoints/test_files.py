@@ -179,10 +179,9 @@ def test_pickles_are_refused_and_never_run(good: Path, tmp_path: Path) -> None:
     for name in ("zip.safetensors", "raw.safetensors", "named.ckpt"):
         with pytest.raises(InputError, match="is a pickle"):
             load_model(tmp_path / name)
-    with pytest.raises(InputError, match=r"names '\w+\.mkdir'.*nothing was run"):
-        load(tmp_path / "zip.safetensors")
-    with pytest.raises(InputError, match="an old pickle"):
-        load(tmp_path / "raw.safetensors")
+    for name in ("zip.safetensors", "raw.safetensors"):
+        with pytest.raises(InputError, match=r"names '\w+\.mkdir'.*nothing was run"):
+            load(tmp_path / name)
     assert not marker.exists()
 
 

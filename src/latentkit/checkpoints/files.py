@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -176,16 +177,18 @@ def load(
         stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
         return Model(network, provenance, stem, digest(path), place if low_memory else None)
     network, provenance, _, certain = layouts.open_model(foreign)
-    for buffer in network.buffers():
-        buffer.data = buffer.data.to(place.device)
-    if not low_memory:
-        for parameter in network.parameters():
-            bring(parameter, place)
-    if not certain:
-        with Parts({"model": [(network, place)]}) as parts:
-            parts.turn("model")
-            probe.settle(network, str(foreign))
-    return Model(network, provenance, foreign.stem, layouts.digest_of(foreign), place if low_memory else None)
+    with ThreadPoolExecutor(1) as beside:
+        hashed = beside.submit(layouts.digest_of, foreign)
+        for buffer in network.buffers():
+            buffer.data = buffer.data.to(place.device)
+        if not low_memory:
+            for parameter in network.parameters():
+                bring(parameter, place)
+        if not certain:
+            with Parts({"model": [(network, place)]}) as parts:
+                parts.turn("model")
+                probe.settle(network, str(foreign))
+        return Model(network, provenance, foreign.stem, hashed.result(), place if low_memory else None)
 
 
 def save_model(
