@@ -131,6 +131,13 @@ def test_convert_puts_parts_into_a_model(files: dict[str, Path], tmp_path: Path)
     assert code != 0
     assert "U-Net alone; to put it into a model: latentkit convert MODEL" in said
     assert "--unet" in said
+    for part, option in (("vae", "vae"), ("unet", "unet")):
+        code, said = command("convert", files[part], tmp_path / "x", "--to", "ldm", "--lora", "style.safetensors")
+        assert code != 0
+        assert "alone, which takes no --lora; to put it into a model" in said
+        assert f"--{option} {files[part]}" in said
+        assert not (tmp_path / "x").exists()
+    assert "takes no --averaged" in command("convert", files["vae"], tmp_path / "x", "--to", "ldm", "--averaged")[1]
     code, said = command("inspect", files["bare-vae"])
     assert code == 0, said
     assert "first stage alone (kl)" in said

@@ -254,3 +254,18 @@ def test_a_first_stage_is_of_the_kind_of_its_config(config: TinyConfig | Autoenc
         found = FirstStage(config, 3).autoencoder
     assert found is not None
     assert found.config == config
+
+
+@pytest.mark.parametrize("form", ["pickles", "two files", "one file"])
+def test_a_tiny_autoencoder_alone_is_described(form: str, tmp_path: Path) -> None:
+    path = written(tmp_path, form)
+    said = CliRunner().invoke(application(), ["inspect", str(path)], catch_exceptions=False)
+    assert said.exit_code == 0
+    assert f"{path}: tiny autoencoder alone, layout ldm" in said.output
+    count = sum(weight.numel() for half in authors() for weight in half.parameters())
+    assert f"first stage   {count / 1e6:10,.2f} M" in said.output
+    assert "4 latent channels, 2 pixels to a cell" in said.output
+    with pytest.raises(InputError, match=r"tiny autoencoder alone; to put it into a model: .* --vae "):
+        CliRunner().invoke(
+            application(), ["convert", str(path), str(tmp_path / "x"), "--to", "ldm"], catch_exceptions=False
+        )

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny
 from latentkit.checkpoints.detect import said_prediction
 from latentkit.checkpoints.diffusers_folder import INDEX, is_folder, match_folder, read_folder, write_folder
 from latentkit.checkpoints.files import find, load_model, save_model
@@ -20,6 +21,7 @@ from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.tiny import TinyAutoencoder
 from latentkit.nets.unet import UNetConfig
 
 Layout = Literal["ldm", "diffusers", "latentkit"]
@@ -116,6 +118,8 @@ def report(path: str | Path) -> dict[str, Any]:
     """What a model file or folder is, its parts, and all that is wrong with it; only unreadable ones raise."""
     path = Path(path)
     layout = layout_of(path)
+    if is_tiny(path):
+        return _tiny(path, layout)
     if (lone := lone_part(path)) is not None:
         return _lone(path, lone)
     found: dict[str, Any] = {"path": str(path), "layout": layout, "kind": layout, "ignored": {}, "averaged": False}
@@ -171,6 +175,29 @@ def _lone(path: Path, lone: Lone) -> dict[str, Any]:
         "parameters": sum(tensor.numel() for tensor in lone.state.values()),
         "network": network,
         "suspicious": suspicious(lone.state),
+    }
+
+
+def _tiny(path: Path, layout: Layout) -> dict[str, Any]:
+    """What is to be said of a tiny autoencoder; what is wrong with it raises."""
+    network = read_tiny(path).autoencoder
+    assert isinstance(network, TinyAutoencoder)
+    config, state = network.config, network.state_dict()
+    cells = f"{config.latent_channels} latent channels, {config.downsampling} pixels to a cell"
+    return {
+        "path": str(path),
+        "layout": layout,
+        "kind": "tiny autoencoder alone",
+        "ignored": {},
+        "averaged": False,
+        "wrong": [],
+        "says": "its config.json" if path.is_dir() else None,
+        "prediction": None,
+        "size": None,
+        "parts": {"first stage": _part(list(state.values()))},
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "network": [cells, f"levels of {', '.join(map(str, config.blocks))} blocks, {config.channels} wide"],
+        "suspicious": suspicious(state),
     }
 
 

@@ -94,7 +94,8 @@ def convert(
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
     source = _place(source)
     wanted = TYPES[dtype] if dtype else None
-    if _converted_alone(source, target, to, wanted, vae or unet):
+    given = {"lora": lora, "averaged": averaged, "vae": vae, "unet": unet}
+    if _converted_alone(source, target, to, wanted, [name for name, value in given.items() if value is not None]):
         return
     opened = open_model(source, averaged=averaged)
     for part in (vae, unet):
@@ -122,23 +123,23 @@ def convert(
     typer.echo(f"{target}: read back, {count} of {len(expected)} tensors bit for bit the same as in {source}")
 
 
-def _converted_alone(source: Path, target: Path, to: str, dtype: Any, other: Path | None) -> bool:
-    """Whether the source is an autoencoder alone, which then is written and compared."""
+def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: list[str]) -> bool:
+    """Whether the source is a part alone: of those an autoencoder is written and compared, and takes no options."""
+    from latentkit.checkpoints.adapters.tiny_files import is_tiny
     from latentkit.checkpoints.files import load_autoencoder, save_autoencoder
     from latentkit.checkpoints.layouts import differences
     from latentkit.checkpoints.lone import lone_first_stage, lone_part, write_first_stage
     from latentkit.errors import InputError
 
+    if is_tiny(source):
+        raise InputError(f"{source} is a tiny autoencoder alone; {_put_in(source, target, to, 'vae')}", exit_code=2)
     lone = lone_part(source)
     if lone is None:
         return False
     stage = lone_first_stage(source)
-    if stage is None or other is not None:
-        raise InputError(
-            f"{source} is a {lone.part} alone; to put it into a model: latentkit convert MODEL {target} --to {to} "
-            f"--{'vae' if stage else 'unet'} {source}",
-            exit_code=2,
-        )
+    if stage is None or given:
+        what = f"{source} is a {lone.part} alone" + (f", which takes no --{' and no --'.join(given)}" if given else "")
+        raise InputError(f"{what}; {_put_in(source, target, to, 'vae' if stage else 'unet')}", exit_code=2)
     if to == "latentkit":
         save_autoencoder(target, stage, {"source": f"{lone.part} alone"}, dtype or stage.dtype)
         again = load_autoencoder(target, dtype=None)
@@ -155,6 +156,10 @@ def _converted_alone(source: Path, target: Path, to: str, dtype: Any, other: Pat
         )
     typer.echo(f"{target}: read back, {len(expected)} of {len(expected)} tensors bit for bit the same as in {source}")
     return True
+
+
+def _put_in(part: Path, target: Path, to: str, option: str) -> str:
+    return f"to put it into a model: latentkit convert MODEL {target} --to {to} --{option} {part}"
 
 
 def diff(
