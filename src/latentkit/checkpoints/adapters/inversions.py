@@ -68,4 +68,6 @@ def inversion(what: str, content: Any) -> tuple[str | None, tuple[Tensor, ...]]:
     if not vectors or len(vectors) != len(tensors) or not flat or len({len(tensor) for tensor in vectors}) > 1:
         kinds = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
         raise InputError(f"{what}: is no textual inversion (it holds {kinds})")
+    if not all(torch.isfinite(tensor).all() for tensor in vectors):
+        raise InputError(f"{what}: holds vectors that are not finite ({', '.join(sorted(map(str, content)))})")
     return (name if isinstance(name, str) else None), tuple(vectors)

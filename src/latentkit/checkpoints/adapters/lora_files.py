@@ -43,6 +43,7 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
     found = layers(model)
     flat = {(part, layer.replace(".", "_")): ours for (part, layer), ours in found.items()}
     parts: dict[str, dict[str, Tensor]] = {}
+    keys: dict[str, list[str]] = {}
     ranks: dict[str, float] = {}
     unknown: list[str] = []
     for key, tensor in archive.tensors.items():
@@ -55,6 +56,7 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
         else:
             peft = put.kind == "magnitude" and "dora_scale" not in key  # one for each output, however it is shaped
             parts[ours][put.kind] = tensor.flatten() if peft else tensor
+            keys.setdefault(ours, []).append(key)
             if (alpha := _alpha(archive.metadata, put.part, put.layer)) is not None:
                 ranks[ours] = alpha
     if unknown and (kind := stranger(iter(sorted(unknown)))):
@@ -67,7 +69,12 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
     if not parts:
         raise InputError(f"{path}: holds no tensors")
     state = dict(model.named_parameters())
-    changes = {ours: _change(path, ours, each, ranks.get(ours), state[ours]) for ours, each in parts.items()}
+    changes = {}
+    for ours, each in parts.items():
+        try:
+            changes[ours] = _change(path, ours, each, ranks.get(ours), state[ours])
+        except InputError as error:
+            raise InputError(f"{error} (there: {', '.join(sorted(keys[ours]))})") from error
     return Lora(path.stem, changes, archive.metadata)
 
 
