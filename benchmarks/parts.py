@@ -89,6 +89,8 @@ class Part(NamedTuple):
     """The peer's run in a variant; False: with weights of its own, so that ours need not be in memory."""
     check: Callable[[], dict[str, float]]
     """Differences of the two sides in float32."""
+    gradients: Callable[[peer.Variant], dict[str, Tensor]] | None = None
+    """In training, those of a variant of the peer: see `peer.trusted`."""
 
 
 def redraw(module: nn.Module) -> None:
@@ -180,7 +182,10 @@ def autoencoder_part(sizes: Sizes, _: Path) -> Part:
         other, loss = theirs(variant, ours()[0] if same else None)
         return trained(loss, dict(other.named_parameters()), variant.bf16)
 
-    return Part(len(pixels), our_step, peer_step, check)
+    def gradients(variant: peer.Variant) -> dict[str, Tensor]:
+        return peer.gradients(*theirs(variant, ours()[0]), variant.bf16)
+
+    return Part(len(pixels), our_step, peer_step, check, gradients)
 
 
 def architecture(sizes: Sizes, drawing: bool) -> Architecture:
@@ -253,7 +258,11 @@ def unet_part(sizes: Sizes, _: Path) -> Part:
         named = {f"{i}.{name}": p for i, m in enumerate((network, text)) for name, p in m.named_parameters()}
         return trained(loss, named, variant.bf16)
 
-    return Part(len(draws), our_step, peer_step, check)
+    def gradients(variant: peer.Variant) -> dict[str, Tensor]:
+        network, _, loss = theirs(variant, ours()[0])
+        return peer.gradients(network, loss, variant.bf16)
+
+    return Part(len(draws), our_step, peer_step, check, gradients)
 
 
 def generation_part(sizes: Sizes, folder: Path) -> Part:

@@ -65,6 +65,9 @@ UNET = [
     *BLOCK,
 ]
 
+SAME = 0.9
+"""Cosine of a part's gradients, compiled and eager, from which on they are the same but for rounding."""
+
 
 class Variant(NamedTuple):
     """One way to run the peer."""
@@ -143,6 +146,28 @@ def prepared(config: AutoencoderConfig | UNetConfig, variant: Variant, weights: 
     if weights is not None:
         copy_weights(weights, theirs, rules)
     return theirs.to(memory_format=variant.layout)
+
+
+def gradients(network: nn.Module, loss: Callable[[], Tensor], bf16: bool) -> dict[str, Tensor]:
+    """Of one loss, by the network's outermost parts: each part's gradients as one vector."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        value = loss()
+    found: dict[str, list[Tensor]] = {}
+    named = dict(network.named_parameters())
+    for name, grad in zip(named, torch.autograd.grad(value, list(named.values()), allow_unused=True), strict=True):
+        found.setdefault(name.split(".")[0], []).append(torch.zeros_like(named[name]) if grad is None else grad)
+    return {part: torch.cat([grad.flatten().float() for grad in grads]) for part, grads in found.items()}
+
+
+def trusted(variant: Variant, found: Callable[[Variant], dict[str, Tensor]]) -> None:
+    """RuntimeError where `found`, the gradients of a variant, are others compiled than eager in any part."""
+    if not variant.compiled:
+        return
+    compiled, eager = found(variant), found(variant._replace(compiled=False))
+    for part, wanted in eager.items():
+        cosine = float(torch.nn.functional.cosine_similarity(compiled[part], wanted, dim=0))
+        if wanted.any() and not cosine >= SAME:
+            raise RuntimeError(f"compiled, the peer's gradients of {part} are wrong (cosine {cosine:.2f}): not used")
 
 
 def autoencoder_loss(
