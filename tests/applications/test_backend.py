@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_model
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from latentkit.applications import backend
 from latentkit.applications.attachment import Attachment, WeightsFile
@@ -23,6 +24,7 @@ from latentkit.checkpoints.adapters.controlnet_names import controlnet_pairs
 from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.files import Model, save_model
 from latentkit.checkpoints.names.rename import given
+from latentkit.cli import application
 from latentkit.data.pictures import to_png
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.errors import InputError
@@ -212,6 +214,24 @@ def test_weights_are_let_go_of_once_they_are_converted(tmp_path: Path) -> None:
     for fields in ({}, {"pag_scale": 2.0}):  # the second is converted from the file, read once more
         other = drawn(asked("openvino", steps=2, **fields), whole)
         assert torch.equal(drawn(asked("openvino", steps=2, **fields), model), other)
+
+
+def test_a_picture_is_drawn_again_with_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the record's type, which here is not what the backend would choose where bfloat16 is fast."""
+    file, models = tmp_path / "model.safetensors", []
+    save_model(file, NETWORK, {}, torch.float32)
+    first = results(generate(read(file, dtype=torch.float32), asked("openvino", steps=2)))[0]
+    (tmp_path / "cat.png").write_bytes(first.png())
+
+    def seen(*name: Any, **how: Any) -> Model:
+        models.append(read(*name, **how))
+        return models[-1]
+
+    monkeypatch.setattr(backend, "read", seen)
+    words = ["replay", str(tmp_path / "cat.png"), "-m", str(file), "-o", str(tmp_path / "again")]
+    assert CliRunner().invoke(application(), words, catch_exceptions=False).exit_code == 0
+    assert (tmp_path / "again" / "cat-replay.png").read_bytes() == first.png()
+    assert all(parameter.is_meta for parameter in models[0].network.denoiser.unet.parameters())
 
 
 def relative(x: Tensor, exact: Tensor) -> float:

@@ -297,6 +297,21 @@ def test_the_cache_is_shown_and_cleared(
     assert not (place / "abc").exists()
 
 
+def test_conversions_are_counted_and_cleared_too(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    place = Path("cache/latentkit/openvino")
+    place.mkdir(parents=True)
+    for name in ("one.bin", "one.xml", "two.77.bin"):  # the last is being written
+        (place / name).write_bytes(b"x" * 2_000_000)
+    assert run("data", "cache") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"{place}: 4.0 MB"]
+    assert run("data", "cache", "--clear") == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [f"{place}: 0.0 MB; 2 files deleted, 4.0 MB freed"]
+    assert [path.name for path in place.iterdir()] == ["two.77.bin"]
+
+
 def test_replay_of_a_truncated_picture(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("generate", "cat", *M, "--seed", "1")
     whole = Path("out/cat-1.png").read_bytes()

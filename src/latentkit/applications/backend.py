@@ -92,13 +92,19 @@ def _part(again: Callable[[], LatentDiffusion] | None, name: str) -> Callable[[]
     return None if again is None else lambda: again().get_submodule(name)
 
 
-def read(name: str | Path, *, whole: bool = False) -> Model:
-    """The model called `name` for drawing by OpenVINO, in bfloat16 where the machine has instructions for it.
+def conversions() -> list[Path]:
+    """Files of all that is kept, without what is being written."""
+    files = cache_folder().iterdir() if cache_folder().is_dir() else ()
+    return [file for file in files if file.suffix in (".bin", ".xml") and "." not in file.stem]
+
+
+def read(name: str | Path, *, whole: bool = False, dtype: torch.dtype | None = None) -> Model:
+    """The model called `name` for drawing by OpenVINO; `dtype` None: bfloat16 if the machine has instructions for it.
 
     Unless it stays `whole`, its networks lose their weights in memory as they are converted: it is good for nothing
     else then, and takes no LoRA.
     """
-    dtype = torch.bfloat16 if _bf16() else None
+    dtype = dtype or (torch.bfloat16 if _bf16() else None)
     model = load(name, "cpu", dtype)
     if not whole:
         _AGAIN[model.network] = lambda: load(name, "cpu", dtype).network

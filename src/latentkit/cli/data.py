@@ -60,7 +60,9 @@ def cache(
 
     They lie in ~/.cache/latentkit/latents (below XDG_CACHE_HOME where that is set), are made by the training of a
     second stage, and are made again where they are missing. They grow without bound: clear them now and then.
+    Beside them lie networks converted for `--backend openvino`, made again as well.
     """
+    from latentkit.applications import backend
     from latentkit.data import latents
 
     folder = latents.cache_folder()
@@ -69,6 +71,12 @@ def cache(
     for one in left:
         used = "in use" if one.busy else "used " + datetime.fromtimestamp(one.used).strftime("%Y-%m-%d %H:%M")
         typer.echo(f"  {one.size / 1e6:10,.1f} MB  {used:<21}  {one.source}")
+    if files := backend.conversions():
+        size = sum(file.stat().st_size for file in files) / 1e6
+        for file in files if clear else ():
+            file.unlink(missing_ok=True)
+        told = f"0.0 MB; {len(files)} files deleted, {size:,.1f} MB freed" if clear else f"{size:,.1f} MB"
+        typer.echo(f"{backend.cache_folder()}: {told}")
 
 
 def _freed(gone: "list[Stored]") -> str:

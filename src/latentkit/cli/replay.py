@@ -44,6 +44,7 @@ def replay(
     import torch
 
     from latentkit.applications.attachment import Attachment, Guide, WeightsFile
+    from latentkit.applications.backend import read as converting
     from latentkit.applications.generate import replay as run
     from latentkit.applications.metadata import read
     from latentkit.checkpoints.files import load, shipped
@@ -86,7 +87,11 @@ def replay(
     if there.threads <= 4 * (os.cpu_count() or 1):
         torch.set_num_threads(there.threads)
     dtype = getattr(torch, there.dtype)
-    loaded = load(model or record.model, device, dtype)
+    named = model or record.model
+    if record.request.backend == "openvino" and not record.request.lora:
+        loaded = converting(named, dtype=dtype)
+    else:
+        loaded = load(named, device, dtype)
     for field, name in (("guidance_model", guidance_model), ("refiner", refiner)):
         if name is not None:
             record = _given(record, field, Guide.read(name, device, dtype), name, picture)
