@@ -247,7 +247,7 @@ class Gadget:
 
 def test_pickles_that_would_run_code_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"*": Gadget()}, tmp_path / "file.pt")
-    with pytest.raises(InputError, match="is damaged, or holds more than tensors"):
+    with pytest.raises(InputError, match="nothing was run"):
         read_inversion(tmp_path / "file.pt")
     assert capsys.readouterr().out == ""
 

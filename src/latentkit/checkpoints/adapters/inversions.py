@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.errors import InputError
 
 MOST_BYTES = 1 << 26
@@ -29,17 +29,11 @@ def read_inversion(path: Path, name: str | None = None) -> Inversion:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path}: is larger than {MOST_BYTES >> 20} MB: it is no textual inversion")
-        if path.suffix.lower() == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
-    except InputError:
-        raise
-    except Exception as error:  # rubbish makes an unpickler raise anything
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise InputError(f"{path}: is damaged, or holds more than tensors ({first})") from None
+    archive = read_archive(path)
+    nested = {key: value for key, value in archive.tensors.items() if key.startswith("string_to_param.")}
+    content = {"string_to_param": nested, "name": archive.values.get("name")} if nested else archive.tensors
     own, vectors = inversion(str(path), content)
     return Inversion(name or own or path.stem, vectors)
 
