@@ -51,7 +51,10 @@ def pipeline(family: str, folder: Path, **unet: Any) -> Any:
     import transformers
 
     diffusers: Any = untyped
-    xl = family == "XL"
+    xl, second = family == "XL", family == "SD 2"
+    if second:
+        unet = {"use_linear_projection": True, "attention_head_dim": (4, 8)} | unet
+        unet |= {"down_block_types": ("CrossAttnDownBlock2D",) * 2, "up_block_types": ("CrossAttnUpBlock2D",) * 2}
     down = ("DownBlock2D", "CrossAttnDownBlock2D") if xl else ("CrossAttnDownBlock2D", "DownBlock2D")
     up = ("CrossAttnUpBlock2D", "UpBlock2D") if xl else ("UpBlock2D", "CrossAttnUpBlock2D")
     more = {
@@ -80,9 +83,9 @@ def pipeline(family: str, folder: Path, **unet: Any) -> Any:
             sample_size=SIZE,
             scaling_factor=0.13025 if xl else 0.18215,
         ),
-        "text_encoder": tower(32, 3, "CLIPTextModel", hidden_act="quick_gelu"),
+        "text_encoder": tower(32, 3, "CLIPTextModel", hidden_act="gelu" if second else "quick_gelu"),
     }
-    pads: dict[str, int | None] = {"tokenizer": None}
+    pads: dict[str, int | None] = {"tokenizer": 0 if second else None}
     if xl:
         made["text_encoder_2"] = tower(32, 3, "CLIPTextModelWithProjection", hidden_act="gelu", projection_dim=24)
         pads["tokenizer_2"] = 0
@@ -105,12 +108,12 @@ def pipeline(family: str, folder: Path, **unet: Any) -> Any:
     return result
 
 
-def scheduler(pipe: Any, kind: str) -> dict[str, Any]:
-    """Gives the pipeline the scheduler, and the fields of ours that ask for the same path."""
+def scheduler(pipe: Any, kind: str, **more: Any) -> dict[str, Any]:
+    """Gives the pipeline the scheduler, `more` in its config, and the fields of ours that ask for the same path."""
     import diffusers
 
     name, fields, ours = SCHEDULERS[kind]
-    pipe.scheduler = getattr(diffusers, name)(**NOISE, **fields)
+    pipe.scheduler = getattr(diffusers, name)(**(NOISE | fields | more))
     return ours
 
 

@@ -159,6 +159,8 @@ def single_file(archive: Archive, what: str) -> Found:
         own = preset.architecture
         if comparable(own.network) == comparable(network) and own.first_stage == first_stage:
             architecture = predicting(own, said or own.prediction)
+            if "ztsnr" in archive.tensors:
+                architecture = replace(architecture, schedule=replace(architecture.schedule, zero_terminal=True))
             return Found(architecture, _scale(archive) or preset.latent_scale, {}, name, said is not None)
     raise InputError(
         f"{what}: holds a U-Net of {network.channels} channels and levels {network.multipliers} with the depth "

@@ -232,6 +232,8 @@ def write_single(
         tensors |= {theirs: model.state_dict()[ours].float() for ours, theirs in OF_EMBEDDINGS.items()}
     if architecture.prediction == "v":
         tensors["v_pred"] = torch.zeros(0)
+    if architecture.schedule.zero_terminal:
+        tensors["ztsnr"] = torch.zeros(0)
     document = {"architecture": asdict(architecture), "state": model.state(), "latent_scale": scale}
     height, width = architecture.size
     metadata = {
