@@ -12,8 +12,10 @@ from latentkit.diffusion.schedule import KINDS, SIGMA_CAP, NoiseSchedule
 from latentkit.errors import InputError
 from latentkit.model.denoiser import NOISE_ALONE
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
+from latentkit.nets.towers import BertTextConfig
 from latentkit.nets.unet import UNetConfig
 from latentkit.training.diffusion import BOUND_SHARE, DiffusionLoss, DiffusionObjective, SigmaSampling
+from latentkit.training.optimizers import Optimiser, Stepper
 
 SCHEDULES = {
     **{kind: NoiseSchedule(kind) for kind in KINDS},  # type: ignore[arg-type]
@@ -137,3 +139,20 @@ def test_a_learned_variance_trains(kind: str) -> None:
     below = torch.full((1,), subject.model.denoiser.schedule.sigma_min * 0.99, dtype=torch.float64)
     zero = torch.zeros(1, 3, 4, 4)
     assert float(subject._bound(zero, zero + 1, below)) == 0  # the decoder's step
+
+
+def test_embeddings_and_the_ends_of_the_network_are_not_muons() -> None:
+    """Tables of tokens and positions are looked up, no matrices that map; whichever conditioner has them."""
+    architecture = Architecture(
+        UNetConfig(channels=32, multipliers=(1,), blocks=1, depth=(1,), heads=1, context_width=32), size=(4, 4),
+        schedule=SCHEDULES["shifted"], prediction="v", layout=BertTextConfig(30, 8, 32, 1, 2),
+    )  # fmt: skip
+    subject = DiffusionObjective(LatentDiffusion(architecture, {"layout": {"classes": ["cat"]}}), DiffusionLoss(), 1)
+    named = subject.turns()["diffusion"]
+    stepper = Stepper(named, Optimiser(name="muon"), subject.elementwise)
+    muons = {name for names, _, _ in stepper.muon.stacks for name in names}
+    matrices = {name for name, parameter in named if parameter.ndim > 1}
+    tables = {f"conditioners.layout.encoder.{kind}" for kind in ("position_embedding", "token_embedding.weight")}
+    assert tables <= matrices - muons
+    assert {"denoiser.unet.conv_in.weight", "denoiser.unet.conv_out.weight"} <= matrices - muons
+    assert "conditioners.layout.encoder.blocks.0.attention.q.weight" in muons
