@@ -332,12 +332,12 @@ def test_verbose_shows_where_an_error_came_from(run: Run) -> None:
 
 
 def test_signals_end_with_their_codes(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(files, "load", interrupted)
     assert run("generate", "x", *M) == 130
-    monkeypatch.setattr(files, "load", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(files, "load", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
     assert run("generate", "x", *M) == 143
 
 
