@@ -96,7 +96,7 @@ def test_a_unet_alone_is_known_and_put_into_a_model(form: str, files: dict[str, 
     other = family.model("SD 1")
     for parameter in other.denoiser.parameters():
         parameter.data.zero_()
-    made = with_part(other, files[form])
+    made = with_part(other, files[form], "unet")
     assert made.architecture == other.architecture
     one, two = family.model("SD 1").state_dict(), made.state_dict()
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
@@ -108,7 +108,7 @@ def test_whole_models_and_other_files_are_no_part(files: dict[str, Path], tmp_pa
     for path in (files["whole"], files["folder"], control):
         assert lone_part(path) is None
     with pytest.raises(InputError, match="neither an autoencoder nor a U-Net alone"):
-        with_part(family.model("SD 1"), files["whole"])
+        with_part(family.model("SD 1"), files["whole"], "vae")
 
 
 def command(*arguments: Any) -> tuple[int, str]:
@@ -125,8 +125,17 @@ def test_convert_puts_parts_into_a_model(files: dict[str, Path], tmp_path: Path)
         "convert", tmp_path / "blank.safetensors", made, "--to", "ldm", "--vae", files["vae"], "--unet", files["unet"]
     )
     assert code == 0, said
-    assert "bit for bit the same" in said
+    assert f"bit for bit the same as in {tmp_path / 'blank.safetensors'} with {files['vae']} and" in said.replace(
+        "\n", ""
+    )
     assert command("diff", files["whole"], made)[0] == 0
+    for option, part in (("vae", "unet"), ("unet", "vae")):
+        code, said = command(
+            "convert", tmp_path / "blank.safetensors", tmp_path / "x", "--to", "ldm", f"--{option}", files[part]
+        )
+        assert code != 0
+        assert f"alone; give it with --{part}" in said
+        assert not (tmp_path / "x").exists()
     code, said = command("convert", files["unet"], tmp_path / "x", "--to", "ldm")
     assert code != 0
     assert "U-Net alone; to put it into a model: latentkit convert MODEL" in said
@@ -161,14 +170,14 @@ def test_an_autoencoder_alone_is_converted_alone(to: str, files: dict[str, Path]
 
 def test_parts_that_do_not_fit_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"latents have 4 channels of 2x2 pixels; the model's U-Net draws 3 of 2x2"):
-        with_part(family.model("classes"), files["vae"])
+        with_part(family.model("classes"), files["vae"], "vae")
     with pytest.raises(InputError, match=r"takes 4 channels, context 32, vector None; the model's takes 4, 48, None"):
-        with_part(family.model("SD 2"), files["unet"])
+        with_part(family.model("SD 2"), files["unet"], "unet")
     inpainting = tmp_path / "inpainting.safetensors"
     write_single(inpainting, family.model("SD 1 inpainting"), "test")
     unet = {name: tensor for name, tensor in load_file(inpainting).items() if name.startswith(UNET)}
     save_file(unet, inpainting)
-    made = with_part(family.model("SD 1"), inpainting)
+    made = with_part(family.model("SD 1"), inpainting, "unet")
     assert made.architecture == family.ARCHITECTURES["SD 1 inpainting"]
 
 

@@ -24,6 +24,12 @@ def test_a_control_is_a_file_a_hint_a_weight_and_terms(tmp_path: Path) -> None:
         assert file.path == tmp_path / "c.safetensors"  # type: ignore[attr-defined]
         assert hint.picture.array.shape == (8, 8, 3)  # type: ignore[attr-defined]
         assert rest == expected
-    for text, message in ((f"{both}:start=soon", "start 'soon', which is no number"), ("start=1", "is not FILE:HINT")):
+    for text, message in (
+        (f"{both}:start=soon", "start 'soon', which is no number"),
+        ("start=1", "is not FILE:HINT"),
+        (f"{both}:end=0.3:end=0.9", "says end twice"),
+        (f"{both}:guess=no", "guess takes no value"),
+        (f"{both}:pooled=0", "pooled takes no value"),
+    ):
         with pytest.raises(InputError, match=message):
             _control(text)

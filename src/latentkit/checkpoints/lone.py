@@ -223,15 +223,20 @@ def write_first_stage(path: Path, stage: FirstStage, layout: str, dtype: torch.d
         write_tensors(path / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
 
 
-def with_part(model: LatentDiffusion, path: Path) -> LatentDiffusion:
-    """The model with the autoencoder or the U-Net that is alone at `path` in the place of its own.
+def with_part(model: LatentDiffusion, path: Path, kind: Literal["vae", "unet"]) -> LatentDiffusion:
+    """The model with the autoencoder ("vae") or the U-Net that is alone at `path` in the place of its own.
 
     Latents stay as they are scaled in the model; a tiny autoencoder brings its own scale. Errors: InputError where the
     part does not fit the others.
     """
-    if is_tiny(path):
+    tiny = is_tiny(path)
+    lone = None if tiny else lone_part(path)
+    found = "vae" if tiny or (lone and isinstance(lone.config, AutoencoderConfig)) else "unet"
+    if (tiny or lone) and found != kind:
+        what = "an autoencoder" if found == "vae" else "a U-Net"
+        raise InputError(f"{path} is {what} alone; give it with --{found}", exit_code=2)
+    if tiny:
         return standing_in(model, path)
-    lone = lone_part(path)
     if lone is None:
         raise InputError(f"{path} is neither an autoencoder nor a U-Net alone; `latentkit inspect` says what it is")
     lone.complaints.refuse(str(path))

@@ -245,7 +245,13 @@ def _control(text: str) -> list[object]:
 
     parts, terms = text.split(":"), dict[str, object]()
     while len(parts) > 1 and parts[-1].partition("=")[0] in ("start", "end", "guess", "pooled", "kind"):
-        name, _, value = parts.pop().partition("=")
+        name, sign, value = parts.pop().partition("=")
+        if name in terms:
+            raise InputError(f"control {text!r} says {name} twice; once is enough", exit_code=2)
+        if sign and name in ("guess", "pooled"):
+            raise InputError(
+                f"control {text!r}: {name} takes no value; leave it out where it is not wanted", exit_code=2
+            )
         try:
             terms[name] = float(value) if name in ("start", "end") else value if name == "kind" else True
         except ValueError:

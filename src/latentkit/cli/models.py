@@ -98,9 +98,10 @@ def convert(
     if _converted_alone(source, target, to, wanted, [name for name, value in given.items() if value is not None]):
         return
     opened = open_model(source, averaged=averaged)
-    for part in (vae, unet):
-        if part is not None:
-            opened = opened._replace(model=with_part(opened.model, part))
+    if vae is not None:
+        opened = opened._replace(model=with_part(opened.model, vae, "vae"))
+    if unet is not None:
+        opened = opened._replace(model=with_part(opened.model, unet, "unet"))
     if not opened.certain:
         settle(opened.model, str(source))
     if lora:
@@ -120,7 +121,9 @@ def convert(
         first = next(iter(apart))
         raise InputError(f"{target} is not what was to be written: {first}: {apart[first]}, and {len(apart) - 1} more")
     count = len(expected) - len(apart)
-    typer.echo(f"{target}: read back, {count} of {len(expected)} tensors bit for bit the same as in {source}")
+    put_in = [str(path) for path in (vae, unet) if path is not None] + (lora or [])
+    origin = " with ".join([str(source), *([" and ".join(put_in)] if put_in else [])])
+    typer.echo(f"{target}: read back, {count} of {len(expected)} tensors bit for bit the same as in {origin}")
 
 
 def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: list[str]) -> bool:
