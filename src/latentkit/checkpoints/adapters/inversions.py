@@ -32,8 +32,10 @@ def read_inversion(path: Path, name: str | None = None) -> Inversion:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
     archive = read_archive(path)
-    nested = {key: value for key, value in archive.tensors.items() if key.startswith("string_to_param.")}
-    content = {"string_to_param": nested, "name": archive.values.get("name")} if nested else archive.tensors
+    content: dict[str, Any] = dict(archive.tensors)
+    if all(key.startswith("string_to_") for key in content):  # flattened; A1111 also writes string_to_token
+        nested = {key: value for key, value in content.items() if key.startswith("string_to_param.")}
+        content = {"string_to_param": nested, "name": archive.values.get("name")}
     own, vectors = inversion(str(path), content)
     return Inversion(name or own or path.stem, vectors)
 
