@@ -81,7 +81,7 @@ def inversion(tmp_path: Path) -> WeightsFile:
         (XL, {"original_size": (64, 0)}, "original size has a side of no pixels"),
         (REFINER, {"negative_aesthetic_score": 1.0, "guidance_scale": 1.0}, "negative aesthetic score has no effect"),
         (XL, {"refiner_switch": 0.5}, "a refiner switch is given without a refiner"),
-        (XL, {"refiner": Guide("2" * 64)}, "needs the refiner whose file has the sha256 22222"),
+        (XL, {"refiner": Guide("2" * 64)}, r"needs the refiner whose file has the sha256 22222.*--refiner FILE"),
         (XL, {"refiner": GUIDE, "guidance_model": GUIDE}, "a guidance model and a refiner are asked for"),
         (XL, {"refiner": Guide("3" * 64, OTHER)}, "refiner 'other' was trained on other latents"),
         (XL, {"refiner": Guide("4" * 64, Model(family.model("SD 1 inpainting"), {}, "in"))}, "'in' takes pictures"),
@@ -174,7 +174,7 @@ def test_everything_of_xl_is_in_the_record_and_draws_again(inversion: WeightsFil
     assert "Clip skip: 2, Refiner: refiner [1111111111], Refiner switch at: 0.8" in a1111(first.record)
     steps: tuple[tuple[dict[str, Any], str | None], ...] = (
         ({}, "needs the refiner whose file"),
-        ({"refiner": GUIDE}, "needs the textual inversion whose file has the sha256"),
+        ({"refiner": GUIDE}, r"needs the textual inversion whose file has the sha256.*--embedding FILE"),
         ({"embedding": ((inversion, "<cat>"),)}, None),
     )
     for update, missing in steps:

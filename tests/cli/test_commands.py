@@ -144,7 +144,9 @@ def test_every_option_of_guidance_reaches_the_request_and_is_replayed(
     assert run("replay", "out/cat-1.png", *M, "--guidance-model", "tiny.safetensors") == 2
     assert "tiny.safetensors is not the guidance model of out/cat-1.png" in capsys.readouterr().err
     assert run("replay", "out/cat-1.png", *M) == 2
-    assert "needs the guidance model whose file has the sha256" in capsys.readouterr().err
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "needs the guidance model whose file has the sha256" in said
+    assert "--guidance-model FILE" in said
     assert run("replay", "out/cat-1.png", *M, "--guidance-model", "weak.safetensors") == 0
     assert Path("out/cat-1-replay.png").read_bytes() == Path("out/cat-1.png").read_bytes()
 

@@ -210,7 +210,8 @@ def _check_pictures(request: Request, network: LatentDiffusion) -> None:
     for name, attached in [*((name, getattr(request, name)) for name in PICTURES), *hints]:
         if attached is not None and attached.picture is None:
             missing = f"the {_words(name)} picture whose pixels have the sha256 {attached.digest[:16]}..."
-            raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+            option = "map" if name == "semantic_map" else name
+            raise InputError(f"the request needs {missing}; give its file (--{option} FILE)", exit_code=2)
     takes = TAKES.get(str(request.task), ())
     if request.init and "init" not in takes:
         raise InputError(f"{request.task} takes no init picture; use image-to-image", exit_code=2)
@@ -331,7 +332,7 @@ def _check_guide(guide: Guide, request: Request, network: LatentDiffusion) -> No
         raise InputError("guidance leads away from the guidance model or the negative prompt; give one", exit_code=2)
     if guide.model is None:
         missing = f"the guidance model whose file has the sha256 {guide.digest[:16]}..."
-        raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+        raise InputError(f"the request needs {missing}; give its file (--guidance-model FILE)", exit_code=2)
     if guide.model.network.architecture.concat_channels not in (0, network.architecture.concat_channels):
         raise InputError(f"guidance model {guide.model.name!r} takes other pictures than this model", exit_code=2)
     _check_latents(network, guide.model, "guidance model")
@@ -357,7 +358,7 @@ def _check_refiner(refiner: Guide, request: Request, network: LatentDiffusion) -
         raise InputError("a guidance model and a refiner are asked for; give one of them", exit_code=2)
     if refiner.model is None:
         missing = f"the refiner whose file has the sha256 {refiner.digest[:16]}..."
-        raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+        raise InputError(f"the request needs {missing}; give its file (--refiner FILE)", exit_code=2)
     other = refiner.model.network
     if other.architecture.concat_channels:
         raise InputError(

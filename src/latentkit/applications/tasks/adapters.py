@@ -51,7 +51,7 @@ def opened(request: Request, network: LatentDiffusion, held: dict[str, Any]) -> 
             if file.digest not in held:
                 if file.path is None:
                     missing = f"the {kind} whose file has the sha256 {file.digest[:16]}..."
-                    raise InputError(f"the request needs {missing}; give its file", exit_code=2)
+                    raise InputError(f"the request needs {missing}; give its file (--{field} FILE)", exit_code=2)
                 held[file.digest] = reader(file.path, network)
         if entries:
             update[field] = tuple(
