@@ -22,7 +22,7 @@ from latentkit.applications.generate import Progress, Result, generate, replay
 from latentkit.applications.request import ImageToImage, Request, TextToImage
 from latentkit.checkpoints.adapters.controlnet_names import controlnet_pairs
 from latentkit.checkpoints.adapters.lora_files import write_lora
-from latentkit.checkpoints.files import Model, save_model
+from latentkit.checkpoints.files import Model, save_autoencoder, save_model
 from latentkit.checkpoints.names.rename import given
 from latentkit.cli import application
 from latentkit.data.pictures import to_png
@@ -214,6 +214,18 @@ def test_weights_are_let_go_of_once_they_are_converted(tmp_path: Path) -> None:
     for fields in ({}, {"pag_scale": 2.0}):  # the second is converted from the file, read once more
         other = drawn(asked("openvino", steps=2, **fields), whole)
         assert torch.equal(drawn(asked("openvino", steps=2, **fields), model), other)
+
+
+def test_another_autoencoder_keeps_its_weights_beside_networks_that_let_go_of_theirs(tmp_path: Path) -> None:
+    file, other = tmp_path / "model.safetensors", copy.deepcopy(NETWORK.first_stage)
+    save_model(file, NETWORK, {}, torch.float32)
+    for index, one in enumerate(other.parameters()):
+        one.data += 0.05 * keyed_normal(one.shape, 5, index)
+    save_autoencoder(tmp_path / "vae.safetensors", other, {})
+    vae, model = WeightsFile.read(tmp_path / "vae.safetensors"), read(file, dtype=torch.float32)
+    for fields in ({"autoencoder": vae}, {}, {"autoencoder": vae}, {"autoencoder": vae, "pag_scale": 2.0}):
+        mine, there = (drawn(asked(on, steps=2, **fields), model if on else MODEL) for on in ("openvino", None))
+        assert (mine - there).abs().max() < CLOSE
 
 
 def test_a_picture_is_drawn_again_with_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,6 +51,35 @@ def test_text_to_image(kind: str, negative: str, size: int, pair: tuple[Any, lat
     assert (mine[0] - other[0]).abs().max() / mine[0].std() > 1e-2  # words have a say
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderTiny"])
+def test_another_autoencoder(kind: str, pair: tuple[Any, latentkit.Model], tmp_path: Path) -> None:
+    """In the place of the pipeline's own; of the same scale, but for a tiny one, which has its own."""
+    import diffusers
+
+    pipe, model = pair
+    own, scale = pipe.vae, pipe.vae.config.scaling_factor
+    shape: dict[str, Any] = {"block_out_channels": (32, 64), "latent_channels": 4}
+    blocks: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    if kind == "AutoencoderTiny":
+        shape = {"encoder_block_out_channels": (32, 32), "decoder_block_out_channels": (32, 32)}
+        blocks, scale = {"num_encoder_blocks": (1, 2), "num_decoder_blocks": (2, 1)}, 0.7
+    made: Any = getattr(diffusers, kind)
+    other = made(**shape, **blocks, scaling_factor=scale)
+    other.save_pretrained(tmp_path / "vae")
+    fields = {"prompt": PROMPT, "seed": SEED, "steps": STEPS, "guidance_scale": SCALE, **scheduler(pipe, "DDIM")}
+    file = latentkit.WeightsFile.read(tmp_path / "vae")
+    mine = ours(model, latentkit.TextToImage(**fields, autoencoder=file))
+    asked: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": SCALE, "height": SIZE, "width": SIZE}
+    try:
+        pipe.vae = other
+        agree(mine, theirs(pipe, prompt=PROMPT, **asked))
+    finally:
+        pipe.vae = own
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_image_to_image(kind: str, pair: tuple[Any, latentkit.Model], tmp_path: Path) -> None:
     """The peer draws the latent from the encoder's distribution, ours is its mean: it is given the mean."""

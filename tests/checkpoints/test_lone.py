@@ -14,10 +14,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from latentkit.checkpoints.diffusers_folder import write_folder
+from latentkit.checkpoints.exchange import with_part
 from latentkit.checkpoints.files import Shapes, load_autoencoder
 from latentkit.checkpoints.layouts import report
 from latentkit.checkpoints.ldm_file import write_single
-from latentkit.checkpoints.lone import lone_first_stage, lone_part, with_part
+from latentkit.checkpoints.lone import lone_first_stage, lone_part
 from latentkit.checkpoints.names import diffusers_names, ldm_names
 from latentkit.checkpoints.names.rename import given
 from latentkit.cli import application
@@ -107,8 +108,8 @@ def test_whole_models_and_other_files_are_no_part(files: dict[str, Path], tmp_pa
     save_file({**load_file(files["bare-unet"]), "zero_convs.0.0.weight": torch.ones(1)}, control)
     for path in (files["whole"], files["folder"], control):
         assert lone_part(path) is None
-    with pytest.raises(InputError, match="neither an autoencoder nor a U-Net alone"):
-        with_part(family.model("SD 1"), files["whole"], "vae")
+    with pytest.raises(InputError, match="is no U-Net alone"):
+        with_part(family.model("SD 1"), files["whole"], "unet")
 
 
 def command(*arguments: Any) -> tuple[int, str]:
@@ -129,12 +130,15 @@ def test_convert_puts_parts_into_a_model(files: dict[str, Path], tmp_path: Path)
         "\n", ""
     )
     assert command("diff", files["whole"], made)[0] == 0
-    for option, part in (("vae", "unet"), ("unet", "vae")):
+    for option, part, message in (
+        ("vae", "unet", "is a U-Net alone, and no autoencoder; convert takes it with --unet"),
+        ("unet", "vae", "is no U-Net alone"),
+    ):
         code, said = command(
             "convert", tmp_path / "blank.safetensors", tmp_path / "x", "--to", "ldm", f"--{option}", files[part]
         )
         assert code != 0
-        assert f"alone; give it with --{part}" in said
+        assert message in said
         assert not (tmp_path / "x").exists()
     code, said = command("convert", files["unet"], tmp_path / "x", "--to", "ldm")
     assert code != 0
@@ -169,7 +173,10 @@ def test_an_autoencoder_alone_is_converted_alone(to: str, files: dict[str, Path]
 
 
 def test_parts_that_do_not_fit_are_refused(files: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"latents have 4 channels of 2x2 pixels; the model's U-Net draws 3 of 2x2"):
+    with pytest.raises(
+        InputError,
+        match=r"latents of 4 channels, 2x2 pixels each, of 3 in pictures; the model draws latents of 3 channels, 2x2",
+    ):
         with_part(family.model("classes"), files["vae"], "vae")
     with pytest.raises(InputError, match=r"takes 4 channels, context 32, vector None; the model's takes 4, 48, None"):
         with_part(family.model("SD 2"), files["unet"], "unet")

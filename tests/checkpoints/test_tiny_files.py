@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny, standing_in
+from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
+from latentkit.checkpoints.exchange import with_part
 from latentkit.checkpoints.files import load_autoencoder, load_model, save_autoencoder, save_model
 from latentkit.checkpoints.layouts import open_model
 from latentkit.checkpoints.ldm_file import write_single
@@ -160,7 +161,7 @@ def test_our_own_files_hold_it_and_the_released_layout_does_not(tmp_path: Path) 
 def test_one_stands_in_for_the_first_stage_of_a_model(tmp_path: Path) -> None:
     path = written(tmp_path, "two files")
     model = family.model("SD 1")
-    made = standing_in(model, path)
+    made = with_part(model, path, "vae")
     z = torch.randn(1, 4, 8, 8)
     assert torch.equal(made.first_stage.decode(z), read_tiny(path).decode(z))
     assert made.first_stage.latent_std.tolist() == [1.0] * 4
@@ -168,11 +169,11 @@ def test_one_stands_in_for_the_first_stage_of_a_model(tmp_path: Path) -> None:
     kept = {name for name in before if not name.startswith("first_stage.")}
     assert all(torch.equal(before[name], after[name]) for name in kept)
     assert {name for name in after if not name.startswith("first_stage.")} == kept
-    half = standing_in(family.model("SD 1", torch.bfloat16), path)
+    half = with_part(family.model("SD 1", torch.bfloat16), path, "vae")
     assert {one.dtype for one in half.first_stage.parameters()} == {torch.bfloat16}
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match=r"16 of latents, 2 pixels a cell; the model's .* 4 of latents"):
-        standing_in(model, written(tmp_path / "other", "two files", 16))
+    with pytest.raises(InputError, match=r"latents of 16 channels, 2x2 pixels each.*; the model draws latents of 4"):
+        with_part(model, written(tmp_path / "other", "two files", 16), "vae")
 
 
 def test_the_command_line_puts_one_into_a_model(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A LoRA, ControlNet or textual inversion of a request: its file's sha256, where it lies, what was read there."""
+    """A request's LoRA, ControlNet, inversion or autoencoder: its file's sha256, where it lies, what was read there."""
 
     digest: str
     path: Path | None = field(default=None, compare=False, repr=False)

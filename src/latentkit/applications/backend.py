@@ -77,11 +77,11 @@ def running(network: LatentDiffusion, request: Request) -> AbstractContextManage
     """
     if request.backend != "openvino":
         return nullcontext()
-    again, own = _AGAIN.get(network), network.first_stage.autoencoder
+    again, own = _AGAIN.get(network.denoiser), network.first_stage.autoencoder
     calls = [Converted(network.denoiser.unet, anew=_part(again, "denoiser.unet"))]
     if own is not None:
         for name in ("encoder", "decoder"):
-            part = _part(again, f"first_stage.autoencoder.{name}")
+            part = None if request.autoencoder else _part(again, f"first_stage.autoencoder.{name}")
             calls.append(Converted(getattr(own, name), own.config, part))
     others = [known(guide.model).network.denoiser.unet for guide in (request.guidance_model, request.refiner) if guide]
     others += [known(file.content) for file, *_ in request.control or ()]
@@ -107,12 +107,12 @@ def read(name: str | Path, *, whole: bool = False, dtype: torch.dtype | None = N
     dtype = dtype or (torch.bfloat16 if _bf16() else None)
     model = load(name, "cpu", dtype)
     if not whole:
-        _AGAIN[model.network] = lambda: load(name, "cpu", dtype).network
+        _AGAIN[model.network.denoiser] = lambda: load(name, "cpu", dtype).network
     return model
 
 
-_AGAIN: WeakKeyDictionary[LatentDiffusion, Callable[[], LatentDiffusion]] = WeakKeyDictionary()
-"""Of models that need not stay whole, what reads them anew."""
+_AGAIN: WeakKeyDictionary[nn.Module, Callable[[], LatentDiffusion]] = WeakKeyDictionary()
+"""Of models that need not stay whole, by their denoisers, what reads them anew."""
 
 
 class _Running:

@@ -15,7 +15,7 @@ from latentkit.applications.plan import NotFiniteError, Plan, Prepare, checked, 
 from latentkit.applications.request import OPTIONS, PICTURES, Request, ask, known, told
 from latentkit.applications.rules import resolve
 from latentkit.applications.tasks import image_to_image, inpaint, upscale
-from latentkit.applications.tasks.adapters import knowing, opened, unsaid, wearing, within
+from latentkit.applications.tasks.adapters import decoding, knowing, opened, unsaid, wearing, within
 from latentkit.checkpoints.files import Model, Place
 from latentkit.checkpoints.parts import Parts
 from latentkit.data.pictures import tiff_of, to_png, to_tiff
@@ -197,6 +197,7 @@ class _Way(NamedTuple):
 def _draw(model: Model, jobs: dict[int, Request], way: _Way, before: float, part: float) -> Iterator[Progress | Result]:
     """One batch: its progress, then its pictures. `before` and `part` are shares of the whole work."""
     requests, pixels = list(jobs.values()), None
+    model = model._replace(network=decoding(model.network, requests[0]))
     values = stated(model.provenance, model.name)
     in_strips = model.network.first_stage.in_strips() if way.low else nullcontext()
     with in_strips, Parts(_groups(model, requests[0]), way.low, way.wide) as parts:

@@ -120,6 +120,7 @@ def a1111(record: Record) -> str:
         "Class": request.label,
         "Denoising strength": request.strength,
         "Clip skip": request.clip_skip,
+        "VAE hash": request.autoencoder and request.autoencoder.digest[:10],
         "Refiner": _named(request.refiner),
         "Refiner switch at": request.refiner_switch,
         "Eta": request.eta,

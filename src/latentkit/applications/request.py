@@ -174,6 +174,8 @@ class Request(BaseModel):
 
     This is AUTOMATIC1111's number, one more than diffusers'; it holds for negative prompts too.
     """
+    autoencoder: Weights | None = None
+    """Another one in the place of the model's own, for the same latents: a tiny one, or one that decodes better."""
     embedding: Inversions | None = None
     """Textual inversions, each with the name that stands for it in prompts (None: the file's own)."""
     lora: Loras | None = None

@@ -2,18 +2,16 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from latentkit.checkpoints.adapters.tiny_files import is_tiny, standing_in
 from latentkit.checkpoints.detect import autoencoder_shape, comparable, unet_shape
 from latentkit.checkpoints.diffusers_folder import affordable
 from latentkit.checkpoints.files import Shapes
-from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE, OUR_UNET, built, folded, usual_scale
+from latentkit.checkpoints.ldm_file import folded, usual_scale
 from latentkit.checkpoints.names import diffusers_names, ldm_names
 from latentkit.checkpoints.names.diffusers_configs import (
     Statistics,
@@ -26,7 +24,6 @@ from latentkit.checkpoints.storage.archive import read_archive, read_json, read_
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
-from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.model.presets import FIRST_STAGES, PRESETS
 from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.nets.unet import UNet, UNetConfig
@@ -221,67 +218,3 @@ def write_first_stage(path: Path, stage: FirstStage, layout: str, dtype: torch.d
         config = autoencoder_json(network.config, 64 * network.config.downsampling, scale)
         write_json(path / "config.json", config)
         write_tensors(path / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
-
-
-def with_part(model: LatentDiffusion, path: Path, kind: Literal["vae", "unet"]) -> LatentDiffusion:
-    """The model with the autoencoder ("vae") or the U-Net that is alone at `path` in the place of its own.
-
-    Latents stay as they are scaled in the model; a tiny autoencoder brings its own scale. Errors: InputError where the
-    part does not fit the others.
-    """
-    tiny = is_tiny(path)
-    lone = None if tiny else lone_part(path)
-    found = "vae" if tiny or (lone and isinstance(lone.config, AutoencoderConfig)) else "unet"
-    if (tiny or lone) and found != kind:
-        what = "an autoencoder" if found == "vae" else "a U-Net"
-        raise InputError(f"{path} is {what} alone; give it with --{found}", exit_code=2)
-    if tiny:
-        return standing_in(model, path)
-    if lone is None:
-        raise InputError(f"{path} is neither an autoencoder nor a U-Net alone; `latentkit inspect` says what it is")
-    lone.complaints.refuse(str(path))
-    old = model.architecture
-    state = model.state_dict()
-    if isinstance(lone.config, AutoencoderConfig):
-        architecture, prefix = replace(old, first_stage=lone.config), OUR_FIRST_STAGE
-        before = old.first_stage
-        wanted = (before.latent_channels, before.downsampling) if before else None
-        got = (lone.config.latent_channels, lone.config.downsampling)
-        if wanted != got:
-            raise InputError(
-                f"{path}: its latents have {got[0]} channels of {got[1]}x{got[1]} pixels; the model's U-Net draws "
-                f"{f'{wanted[0]} of {wanted[1]}x{wanted[1]}' if wanted else 'pixels'}"
-            )
-    else:
-        architecture, prefix = _with_network(old, lone, path), OUR_UNET
-    made = built(architecture, model.state(), str(path))
-    kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
-    dtype = next(tensor.dtype for name, tensor in state.items() if name.startswith(prefix))
-    made.load_state_dict(kept | {prefix + name: part.to(dtype) for name, part in lone.state.items()}, assign=True)
-    return made.eval().requires_grad_(False)
-
-
-def _with_network(old: Architecture, lone: Lone, path: Path) -> Architecture:
-    """The architecture with another U-Net: one of the same shape, or of a preset told by the same conditioners."""
-    network = lone.config
-    assert isinstance(network, UNetConfig)
-    if comparable(network) == comparable(old.network):  # only a config.json knows heads better than the model does
-        return replace(old, network=network if lone.layout == "diffusers" else old.network)
-    for known in PRESETS.values():
-        other = known.architecture
-        same = comparable(other.network) == comparable(network) and other.conditions() == old.conditions()
-        if same and other.first_stage == old.first_stage:
-            return replace(other, network=network, size=old.size, prediction=old.prediction)
-    beside = network.channels_in - old.network.channels_out - (old.beside - old.concat_channels)
-    made = replace(old, network=network, concat_channels=beside)
-    try:
-        fits = beside >= 0 and fit_network(made) == made
-    except InputError:
-        fits = False
-    if not fits:
-        raise InputError(
-            f"{path}: its U-Net takes {network.channels_in} channels, context {network.context_width}, vector "
-            f"{network.vector_width}; the model's takes {old.network.channels_in}, {old.network.context_width}, "
-            f"{old.network.vector_width}, and its conditioners make no other"
-        )
-    return made

@@ -94,6 +94,12 @@ def generate(
     clip_skip: Annotated[
         int | None, typer.Option(help="1: CLIP's text towers whole; 2 leaves out the last block (A1111's number).")
     ] = None,
+    vae: Annotated[
+        Path | None,
+        typer.Option(
+            help="An autoencoder (a file, a folder, a model) in the place of the model's; a tiny one is fast."
+        ),
+    ] = None,
     embedding: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:NAME, a textual inversion that prompts say; repeatable.")
     ] = None,
@@ -120,12 +126,13 @@ def generate(
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture.")] = False,
 ) -> None:
     """Draw pictures. Prints the path of each; never writes over a file."""
-    from latentkit.applications.attachment import Attachment, Guide
+    from latentkit.applications.attachment import Attachment, Guide, WeightsFile
     from latentkit.applications.backend import read
     from latentkit.applications.generate import generate as run
     from latentkit.applications.request import ask
     from latentkit.applications.tasks.places import read_boxes
     from latentkit.checkpoints.files import load
+    from latentkit.cli.models import located
     from latentkit.cli.output import open_folder, show, slug, write_new
     from latentkit.data.maps import decode_map
 
@@ -168,6 +175,7 @@ def generate(
         "refiner": Guide.read(refiner, low_memory=low_memory) if refiner else None,
         "refiner_switch": refiner_switch,
         "clip_skip": clip_skip,
+        "autoencoder": WeightsFile.read(located(vae)) if vae else None,
         "embedding": [_embedding(text) for text in embedding] if embedding else None,
         "lora": [_lora(text) for text in lora] if lora else None,
         "control": [_control(text) for text in control] if control else None,

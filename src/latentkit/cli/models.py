@@ -14,9 +14,9 @@ def inspect(
     from latentkit.checkpoints.layouts import report
     from latentkit.cli.adapters import inspected
 
-    if inspected(_place(path), json):
+    if inspected(located(path), json):
         return
-    found = report(_place(path))
+    found = report(located(path))
     if json:
         import json as writer
 
@@ -27,7 +27,7 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _place(path: Path) -> Path:
+def located(path: Path) -> Path:
     """A diffusers folder as it is, else what the name means wherever a model is named."""
     from latentkit.checkpoints.files import find
 
@@ -68,7 +68,9 @@ def convert(
     averaged: Annotated[
         bool | None, typer.Option("--averaged/--plain", help="Take averaged weights, or those they were averaged of.")
     ] = None,
-    vae: Annotated[Path | None, typer.Option(help="An autoencoder to put in the place of the model's.")] = None,
+    vae: Annotated[
+        Path | None, typer.Option(help="An autoencoder (or a model with one) to put in the place of the model's.")
+    ] = None,
     unet: Annotated[Path | None, typer.Option(help="A U-Net to put in the place of the model's.")] = None,
 ) -> None:
     """Write a model in another layout, read it back, and prove that every weight is the same.
@@ -77,9 +79,9 @@ def convert(
     """
     from typing import cast, get_args
 
+    from latentkit.checkpoints.exchange import with_part
     from latentkit.checkpoints.layouts import TYPES, Layout, differences, open_model, write_model
     from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE
-    from latentkit.checkpoints.lone import with_part
     from latentkit.checkpoints.probe import settle
     from latentkit.cli.adapters import bake, converted
     from latentkit.errors import InputError, nearest
@@ -92,16 +94,16 @@ def convert(
         raise InputError(f"type {dtype!r} is unknown; {nearest(dtype, TYPES)}", exit_code=2)
     if target.exists():
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
-    source = _place(source)
+    source = located(source)
     wanted = TYPES[dtype] if dtype else None
     given = {"lora": lora, "averaged": averaged, "vae": vae, "unet": unet}
     if _converted_alone(source, target, to, wanted, [name for name, value in given.items() if value is not None]):
         return
     opened = open_model(source, averaged=averaged)
     if vae is not None:
-        opened = opened._replace(model=with_part(opened.model, vae, "vae"))
+        opened = opened._replace(model=with_part(opened.model, located(vae), "vae"))
     if unet is not None:
-        opened = opened._replace(model=with_part(opened.model, unet, "unet"))
+        opened = opened._replace(model=with_part(opened.model, located(unet), "unet"))
     if not opened.certain:
         settle(opened.model, str(source))
     if lora:
@@ -172,7 +174,7 @@ def diff(
     """Say in which weights two models differ; exit code 1 if they do."""
     from latentkit.checkpoints.layouts import differences, open_model
 
-    one, other = (open_model(_place(path)).model for path in (first, second))
+    one, other = (open_model(located(path)).model for path in (first, second))
     apart = differences(one.state_dict(), other.state_dict())
     for name, why in apart.items():
         typer.echo(f"{name}: {why}")

@@ -28,6 +28,7 @@ def replay(
     lora: Annotated[list[Path] | None, typer.Option(help="A LoRA that it was drawn with; repeatable.")] = None,
     control: Annotated[list[Path] | None, typer.Option(help="A ControlNet that it was drawn with; repeatable.")] = None,
     hint: Annotated[list[Path] | None, typer.Option(help="The picture of a ControlNet; repeatable.")] = None,
+    vae: Annotated[Path | None, typer.Option(help="The autoencoder that it was drawn with.")] = None,
     embedding: Annotated[
         list[Path] | None, typer.Option(help="A textual inversion that it was drawn with; repeatable.")
     ] = None,
@@ -48,6 +49,7 @@ def replay(
     from latentkit.applications.generate import replay as run
     from latentkit.applications.metadata import read
     from latentkit.checkpoints.files import load, shipped
+    from latentkit.cli.models import located
     from latentkit.cli.output import open_folder, show, write_new
     from latentkit.data.maps import decode_map
     from latentkit.data.pictures import decode
@@ -80,6 +82,8 @@ def replay(
         for path in files or ():
             given = Attachment.read(path) if place else WeightsFile.read(path)
             record = _among(record, field, place, given, f"{path} is no {'hint' if place else field} of {picture}")
+    if vae is not None:
+        record = _given(record, "autoencoder", WeightsFile.read(located(vae)), str(vae), picture)
     if model is None and record.model not in shipped():
         raise InputError(f"{picture} was drawn by {record.model!r}, which is not shipped; give it with -m", exit_code=2)
     there = record.machine
@@ -110,7 +114,9 @@ def replay(
             raise typer.Exit(1)
 
 
-def _given(record: "Record", field: str, given: "Attachment | Guide", name: str, picture: Path) -> "Record":
+def _given(
+    record: "Record", field: str, given: "Attachment | Guide | WeightsFile", name: str, picture: Path
+) -> "Record":
     """The record with what it names by its digest; InputError where `name` is not that."""
     wanted = getattr(record.request, field)
     if wanted != given:

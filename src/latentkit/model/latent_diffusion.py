@@ -1,5 +1,6 @@
 """LatentDiffusion: first stage, conditioners and denoiser as one module. No loops, no optimiser."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -168,6 +169,14 @@ class LatentDiffusion(nn.Module):
     def state(self) -> dict[str, Any]:
         """What rebuilds the model besides architecture and weights."""
         return {name: self.conditioner(name).state() for name in self.conditioners}
+
+    def with_first_stage(self, first_stage: FirstStage) -> "LatentDiffusion":
+        """The same model, of which all else is shared, with another first stage."""
+        other = copy.copy(self)
+        other._modules = self._modules | {"first_stage": first_stage}
+        config = first_stage.autoencoder.config if first_stage.autoencoder else None
+        other.architecture = replace(self.architecture, first_stage=config)
+        return other
 
     @property
     def multiple(self) -> int:

@@ -1,4 +1,4 @@
-"""LoRAs, ControlNets and textual inversions of a request: read for the model that draws, and lent to it."""
+"""LoRAs, ControlNets, inversions and autoencoder of a request: read for the model that draws, and lent to it."""
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
@@ -12,6 +12,7 @@ from latentkit.applications.request import Request, known, models_of
 from latentkit.checkpoints.adapters.control_files import read_control
 from latentkit.checkpoints.adapters.inversions import Inversion, read_inversion
 from latentkit.checkpoints.adapters.lora_files import read_lora
+from latentkit.checkpoints.exchange import first_stage_for
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.errors import InputError
 from latentkit.model.conditioners.clip import ClipConditioner, mentions
@@ -35,8 +36,11 @@ READERS = {
     "lora": ("LoRA", read_lora),
     "control": ("ControlNet", read_control),
     "embedding": ("textual inversion", _inversion),
+    "autoencoder": ("autoencoder", first_stage_for),
 }
-"""Fields of a request that begin with a file of weights: what it is, and what reads it for a model."""
+"""Fields of a request that are, or begin with, a file of weights: what it is, and what reads it for a model."""
+OPTIONS = {"autoencoder": "vae"}
+"""What a field's option is called, where not as the field."""
 
 
 def opened(request: Request, network: LatentDiffusion, held: dict[str, Any]) -> Request:
@@ -44,23 +48,31 @@ def opened(request: Request, network: LatentDiffusion, held: dict[str, Any]) -> 
 
     Errors: InputError for a file that is not at hand or does not fit the model.
     """
-    update = {}
-    for field, (kind, reader) in READERS.items():
-        entries = getattr(request, field) or ()
-        for file, *_ in entries:
-            if file.digest not in held:
-                if file.path is None:
-                    missing = f"the {kind} whose file has the sha256 {file.digest[:16]}..."
-                    raise InputError(f"the request needs {missing}; give its file (--{field} FILE)", exit_code=2)
-                held[file.digest] = reader(file.path, network)
-        if entries:
-            update[field] = tuple(
-                (WeightsFile(file.digest, file.path, held[file.digest]), *rest) for file, *rest in entries
-            )
+    update: dict[str, Any] = {}
+    for field in READERS:
+        given = getattr(request, field)
+        if isinstance(given, WeightsFile):
+            update[field] = _read(field, given, network, held)
+        elif given:
+            update[field] = tuple((_read(field, file, network, held), *rest) for file, *rest in given)
     _check_kinds(update.get("control", ()))
     if "embedding" in update:
         update["embedding"] = tuple((file, name or known(file.content).name) for file, name in update["embedding"])
     return request.model_copy(update=update)
+
+
+def _read(field: str, file: WeightsFile, network: LatentDiffusion, held: dict[str, Any]) -> WeightsFile:
+    """The file with what is read there."""
+    kind, reader = READERS[field]
+    key = f"{field} {file.digest}"
+    if key not in held:
+        if file.path is None:
+            missing = f"the {kind} whose file has the sha256 {file.digest[:16]}..."
+            raise InputError(
+                f"the request needs {missing}; give its file (--{OPTIONS.get(field, field)} FILE)", exit_code=2
+            )
+        held[key] = reader(file.path, network)
+    return WeightsFile(file.digest, file.path, held[key])
 
 
 def _check_kinds(entries: tuple[Any, ...]) -> None:
@@ -73,6 +85,11 @@ def _check_kinds(entries: tuple[Any, ...]) -> None:
         if kind is not None and kind_number(kind) >= count:
             got = f"kind {kind!r} is number {kind_number(kind)}, and this ControlNet has {count or 'no'} kinds"
             raise InputError(f"hint {got}", exit_code=2)
+
+
+def decoding(network: LatentDiffusion, request: Request) -> LatentDiffusion:
+    """The model with the request's autoencoder."""
+    return network.with_first_stage(request.autoencoder.content) if request.autoencoder else network
 
 
 def knowing(network: LatentDiffusion, request: Request) -> AbstractContextManager[Any]:

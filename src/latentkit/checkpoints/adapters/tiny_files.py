@@ -1,14 +1,11 @@
 """Files of tiny autoencoders: a half in each of two files, both in one, or diffusers' folder."""
 
-from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from latentkit.checkpoints.files import Shapes
-from latentkit.checkpoints.ldm_file import built
 from latentkit.checkpoints.names.rename import taken
 from latentkit.checkpoints.names.tiny_names import (
     AUTHOR,
@@ -21,8 +18,7 @@ from latentkit.checkpoints.names.tiny_names import (
 from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
-from latentkit.model.latent_diffusion import LatentDiffusion
-from latentkit.nets.tiny import TinyAutoencoder, TinyConfig
+from latentkit.nets.tiny import TinyAutoencoder
 
 HALVES = {"encoder": "0.weight", "decoder": "1.weight"}
 """The first tensor of a file that holds one half alone."""
@@ -66,25 +62,6 @@ def read_tiny(path: str | Path, device: str | torch.device = "cpu", dtype: torch
     stage.latent_mean = torch.full((config.latent_channels,), shift, device=device)
     stage.latent_std = torch.full((config.latent_channels,), 1 / scale, device=device)
     return stage.eval().requires_grad_(False)
-
-
-def standing_in(model: LatentDiffusion, path: str | Path) -> LatentDiffusion:
-    """The model with the tiny autoencoder at `path` for its own: they are made for latents as the network draws them.
-
-    Errors: InputError where its latents or pictures are of another shape; and as `read_tiny`.
-    """
-    stage, own, old = read_tiny(path), model.first_stage, model.architecture
-    shapes = [(one.picture_channels, one.latent_channels, one.downsampling) for one in (stage, own)]
-    if shapes[0] != shapes[1]:
-        ours, theirs = ("{} channels of pictures and {} of latents, {} pixels a cell".format(*one) for one in shapes)
-        raise InputError(f"{path}: has {ours}; the model's first stage has {theirs}")
-    assert stage.autoencoder is not None
-    made = built(replace(old, first_stage=cast(TinyConfig, stage.autoencoder.config)), model.state(), str(path))
-    state = {name: one for name, one in model.state_dict().items() if not name.startswith("first_stage.")}
-    kept = {name: one.to(own.latent_mean.device) for name, one in stage.state_dict().items()}
-    kept |= {name: one.to(own.dtype) for name, one in kept.items() if name.startswith("autoencoder.")}
-    made.load_state_dict(state | {f"first_stage.{name}": one for name, one in kept.items()}, assign=True)
-    return made.eval().requires_grad_(False)
 
 
 def _half(names: dict[str, Tensor]) -> str | None:
