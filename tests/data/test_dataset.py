@@ -143,6 +143,22 @@ def test_depth_is_kept(tmp_path):
     assert (pictures.sample(1, 0) - x).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"flips": "h"}, {"crop": "random"}])
+def test_floating_point_pictures_that_are_kept_stay_as_they_are(tmp_path, options):
+    from latentkit.data.pictures import to_tiff
+
+    (tmp_path / "a.tif").write_bytes(to_tiff(torch.rand(1, 8, 8) * 2 - 1, depth=32))
+    pictures = Pictures(open_source(tmp_path), Transform(size=8, channels=1, **options), 0)
+    with torch.inference_mode():  # as a look at held-out pictures does
+        first = [pictures.sample(0, draw) for draw in range(6)]
+        again = [pictures.sample(0, draw) for draw in range(6)]
+    outside = [pictures.sample(0, draw) for draw in range(6)]
+    for one, two, three in zip(first, again, outside, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    assert not any(x.is_inference() for x in outside), "a network can learn from them"
+
+
 def test_channels_that_cannot_be_read_are_named(tmp_path):
     from latentkit.data.pictures import to_tiff
 

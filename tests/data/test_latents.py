@@ -14,6 +14,7 @@ from latentkit.data.dataset import Pictures, Transform
 from latentkit.data.latents import cache_key, clear, open_latents, stored
 from latentkit.data.loader import Loader
 from latentkit.data.order import Order
+from latentkit.data.pictures import tiff_of
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 
@@ -113,6 +114,25 @@ def test_nothing_stale_is_ever_used(folder, tmp_path, save):
     assert len(keys) == 8
     (folder / "00.png").unlink()
     assert cache_key(pictures_of(folder), "e") not in keys
+
+
+def test_latents_that_the_first_format_may_have_spoilt_are_not_used(folder, monkeypatch):
+    key = cache_key(pictures_of(folder), "e")
+    monkeypatch.setattr(latents, "CACHE_FORMAT", 1)
+    assert cache_key(pictures_of(folder), "e") != key
+
+
+def test_latents_of_floating_point_are_those_of_the_pictures(tmp_path):
+    """The first pictures of a bucket are encoded twice while a cache is built."""
+    array = np.random.default_rng(0).random((8, 8, 3)).astype(np.float32)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a.tif").write_bytes(tiff_of(array))
+    pictures = pictures_of(tmp_path / "set")
+    with torch.inference_mode():
+        cache = open_latents(tmp_path / "cache", pictures, encode, "e")
+    expected = torch.from_numpy(array).movedim(2, 0) * 2 - 1
+    assert torch.allclose(cache.take(0, 0)[1][:3], expected, atol=1e-5)
+    assert torch.allclose(pictures.sample(0, 0), expected, atol=1e-6), "outside of inference mode, too"
 
 
 def test_touched_or_renamed_to_the_same_order_is_the_same(folder):

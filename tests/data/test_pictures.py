@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from latentkit.data import pictures
-from latentkit.data.pictures import BadPicture, Picture, decode, grid, resize, to_png, to_tensor, to_tiff
+from latentkit.data.pictures import BadPicture, Picture, decode, grid, resize, tiff_of, to_png, to_tensor, to_tiff
+from latentkit.data.range import Range
 from latentkit.errors import InputError
 
 RAMP = np.stack(
@@ -322,12 +323,32 @@ def test_tiff_of_any_channels_and_depth(channels, depth):
     x = torch.rand(channels, 7, 9) * 2 - 1
     picture = decode(to_tiff(x, depth=depth), "a")
     assert picture.array.shape == (7, 9, channels)
-    assert picture.has_alpha == (channels in (2, 4))
+    assert not picture.has_alpha
     half_step = {8: 1 / 255, 16: 1 / 65535, 32: 1e-6}[depth]
-    if channels in (2, 4):
-        assert (to_tensor(picture, channels)[-1] - x[-1]).abs().max() <= half_step
-    else:
-        assert (to_tensor(picture, channels) - x).abs().max() <= half_step
+    assert (to_tensor(picture, channels) - x).abs().max() <= half_step
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int16, np.float32])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 12])
+def test_tiff_gives_back_every_value(channels, dtype):
+    """No channel is taken for alpha, which would change the others where it is 0."""
+    array = np.random.default_rng(0).integers(0, 100, (7, 9, channels)).astype(dtype)
+    array[:3, :, -1] = 0
+    top = 1.0 if dtype == np.float32 else float(np.iinfo(dtype).max)
+    array = array / np.float32(100) if dtype == np.float32 else array
+    values = Range(low=0, high=top, samples=np.dtype(dtype).name)
+    for picture in (decode(tiff_of(array), "a", values), *([] if dtype == np.int16 else [decode(tiff_of(array), "a")])):
+        assert not picture.has_alpha
+        back = to_tensor(picture, channels)
+        assert np.array_equal(values.to_values(back).astype(np.float32).round(6), array.astype(np.float32).round(6))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_tiff_marks_alpha_where_it_is_told(channels):
+    array = np.random.default_rng(0).integers(0, 255, (7, 9, channels), np.uint8)
+    picture = decode(tiff_of(array, alpha=True), "a")
+    assert picture.has_alpha
+    assert np.array_equal(picture.array, array)
 
 
 def tiff(array, **options):

@@ -269,6 +269,8 @@ def test_a_picture_beside_its_reconstruction_and_its_errors(channels):
     [
         (np.uint8, 3, False, "png"),
         (np.uint8, 3, True, "tiff"),
+        (np.uint8, 2, False, "tiff"),
+        (np.uint8, 4, False, "tiff"),
         (np.uint8, 12, False, "tiff"),
         (np.uint16, 1, False, "png"),
         (np.uint16, 3, False, "tiff"),
@@ -295,3 +297,19 @@ def test_a_plain_reconstruction_has_the_values_of_its_source():
     import tifffile
 
     assert np.array_equal(tifffile.imread(io.BytesIO(data)), array[..., 0])
+
+
+@pytest.mark.parametrize("values", [None, Range(low=0, high=40000)])
+def test_a_plain_reconstruction_keeps_alpha(values):
+    array = np.random.default_rng(0).integers(1, 40000, (8, 8, 4)).astype(np.uint16)
+    source = decode(tiff_of(array, alpha=True), "a", values)
+    _, data = as_stored(to_tensor(source, 4), source, values, False)
+    again = decode(data, "a")
+    assert again.has_alpha
+    assert np.abs(again.array.astype(int) - array).max() <= 1
+
+
+def test_a_plain_reconstruction_of_an_opaque_picture_by_a_model_with_alpha():
+    source = decode(to_png(torch.rand(3, 8, 8) * 2 - 1), "a")
+    suffix, data = as_stored(to_tensor(source, 4), source, None, False)
+    assert (suffix, decode(data, "a").has_alpha) == ("png", True)

@@ -179,7 +179,7 @@ class Pictures:
         x = torch.rot90(x, turns, (1, 2)) if turns else x
         x = x.flip(2) if mirror else x
         half = 0.5 if x.dtype == torch.float32 else torch.iinfo(x.dtype).max / 2
-        return x.contiguous().float().div_(half).sub_(1)
+        return x.contiguous().float().div(half).sub_(1)  # a new tensor: floats may be those that are kept
 
     def _usable(self, index: int, zoom: int = 0) -> tuple[int, Tensor]:
         """The picture, or the first of its substitutes that can be read, scaled to cover its bucket, as stored.

@@ -25,7 +25,7 @@ from latentkit.data.dataset import Pictures, check_bad, choices, substitute
 from latentkit.data.source import cache_home, track
 from latentkit.errors import InputError
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2  # of 1, latents of floating-point and ranged pictures may be spoilt
 SAVE_EVERY = 2.0  # seconds between two writings of the map of what is done
 DONE, NOT_FINITE, GONE = 1, 2, 3
 REASONS = {NOT_FINITE: "its latent holds NaN or infinite values", GONE: "its picture went bad after it was indexed"}

@@ -319,6 +319,11 @@ def background_colour(background: str | Sequence[int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
+def keeps_alpha(picture: Picture, channels: int) -> bool:
+    """Whether the last of the channels that a picture is read as is its alpha (opaque where it has none)."""
+    return channels in (2, 4) and picture.array.shape[2] - picture.has_alpha in (1, 3)
+
+
 def to_tensor(picture: Picture, channels: int, background: str | Sequence[int] = "white") -> Tensor:
     """The picture as float32 `c h w` in [-1, 1] with the channels asked for.
 
@@ -328,7 +333,7 @@ def to_tensor(picture: Picture, channels: int, background: str | Sequence[int] =
     """
     x = _to_float(picture.array)
     colours = x.shape[0] - picture.has_alpha
-    keep_alpha = channels in (2, 4) and colours in (1, 3)
+    keep_alpha = keeps_alpha(picture, channels)
     alpha = (x[-1:] + 1) / 2 if picture.has_alpha else None
     x = x[:colours]
     wanted = channels - keep_alpha
@@ -415,22 +420,25 @@ def to_tiff(picture: Tensor, *, depth: int = 16) -> bytes:
     return tiff_of(to_samples(picture, dtypes[depth]))
 
 
-def tiff_of(array: np.ndarray) -> bytes:
-    """TIFF bytes of h w c values as they are; InputError where tifffile is not installed."""
+def tiff_of(array: np.ndarray, *, alpha: bool = False) -> bytes:
+    """TIFF bytes of h w c values as they are, the last channel marked as `alpha` or as one like the others.
+
+    InputError where tifffile is not installed.
+    """
     try:
         import tifffile
     except ImportError:
         raise InputError(f"writing TIFF {EXTRA}") from None
     channels = array.shape[2]
-    rgb = channels in (3, 4)
-    extra = {2: [2], 4: [2]}.get(channels, [0] * (channels - 1) if channels > 4 else None)
+    colours = 3 if channels - alpha == 3 else 1
+    extra = [0] * (channels - alpha - colours) + [2] * alpha
     out = io.BytesIO()
     with tifffile.TiffWriter(out) as tiff:
         tiff.write(
             array if channels > 1 else array[..., 0],
-            photometric="rgb" if rgb else "minisblack",
+            photometric="rgb" if colours == 3 else "minisblack",
             planarconfig="contig" if channels > 1 else None,
-            extrasamples=extra,
+            extrasamples=extra or None,
             metadata=None,
         )
     return out.getvalue()

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentkit.data.pictures import Picture, grid, tiff_of, to_png, to_samples
+from latentkit.data.pictures import Picture, grid, keeps_alpha, tiff_of, to_png, to_samples
 from latentkit.data.range import Range
 from latentkit.model.first_stage import FirstStage
 from latentkit.training.first_stage.losses import structure
@@ -52,16 +52,20 @@ def beside(original: Tensor, other: Tensor, times: float) -> bytes:
 def as_stored(picture: Tensor, source: Picture, values: Range | None, tiff: bool) -> tuple[str, bytes]:
     """Suffix and bytes of a picture `c h w` in [-1, 1] in the sample type, and by the range, of its `source`.
 
-    PNG where that can hold it and the source is no `tiff`, else TIFF.
+    PNG where that can hold it and the source is no `tiff`, else TIFF. Alpha is in no stated range.
     """
+    alpha = keeps_alpha(source, len(picture))
     if values is not None and source.samples is not None:
-        return "tiff", tiff_of(values.to_values(picture, source.samples))
+        colours = len(picture) - alpha
+        parts = [values.to_values(picture[:colours], source.samples)]
+        parts += [to_samples(picture[colours:], parts[0].dtype)] * alpha
+        return "tiff", tiff_of(np.concatenate(parts, axis=2), alpha=alpha)
     dtype = source.array.dtype
-    if not tiff and dtype == np.uint8 and len(picture) <= 4:
+    if not tiff and dtype == np.uint8 and (len(picture) in (1, 3) or alpha):
         return "png", to_png(picture)
     if not tiff and dtype == np.uint16 and len(picture) == 1:
         return "png", to_png(picture, depth=16)
-    return "tiff", tiff_of(to_samples(picture, dtype))
+    return "tiff", tiff_of(to_samples(picture, dtype), alpha=alpha)
 
 
 def psnr(original: Tensor, other: Tensor) -> float:
