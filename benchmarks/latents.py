@@ -37,6 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "both": {"equivariance": 0.25, "latent_noise": 0.2},
     "weak-kl": {"kl": 1e-6},
     "strong-kl": {"kl": 1e-3},
+    "one-factor": {},
 }
 DATA = {
     "path": str(ROOT / "data" / "emoji"),
@@ -69,6 +70,7 @@ def second_stage(option: str, seed: int, steps: int, first: Path) -> dict[str, A
         "name": f"{option}-{seed}-second",
         "seed": seed,
         "first_stage": str(first),
+        "whitening": option != "one-factor",
         "data": DATA,
         "network": {"channels": 96, "multipliers": [1, 2], "blocks": 1, "depth": [0, 1], "heads": 4},
         "optimiser": {"name": "muon", "lr": 2e-3, "weight_decay": 0.01, "decay": 0.4},
@@ -79,17 +81,17 @@ def second_stage(option: str, seed: int, steps: int, first: Path) -> dict[str, A
 
 
 def steps_in(minutes: float, folder: Path, recipe: dict[str, Any]) -> int:
-    """How many steps of a recipe fit, by a short trial; kept beside the runs."""
+    """How many steps of a recipe fit, by the processor's time of a short trial; kept beside the runs."""
     record = folder.with_suffix(".steps")
     if not record.exists():
         shutil.rmtree(folder, ignore_errors=True)
         times = []
         for steps in (TRIAL // 4, TRIAL):
             recipe["schedule"] |= {"steps": steps, "sample_every": steps, "log_every": steps}
-            begun = time.monotonic()
+            begun = time.process_time()
             train(parse_recipe(recipe), folder / f"{steps}")
-            times.append(time.monotonic() - begun)
-        step = (times[1] - times[0]) / (TRIAL - TRIAL // 4)
+            times.append(time.process_time() - begun)
+        step = (times[1] - times[0]) / (TRIAL - TRIAL // 4) / torch.get_num_threads()
         record.write_text(str(max(TRIAL, int(60 * minutes / step))))
         shutil.rmtree(folder)
     return int(record.read_text())
@@ -100,15 +102,16 @@ def run(folder: Path, option: str, seed: int, minutes: tuple[float, float]) -> d
     record = folder / f"{option}-{seed}.json"
     if record.exists():
         return dict(json.loads(record.read_text()))
-    steps = steps_in(minutes[0], folder / f"{option}-trial-first", first_stage(option, 0, TRIAL))
-    first = train(parse_recipe(first_stage(option, seed, steps)), folder / f"{option}-{seed}-first")
+    kind = option if OPTIONS[option] else "plain"  # whose first stage it is
+    steps = steps_in(minutes[0], folder / f"{kind}-trial-first", first_stage(kind, 0, TRIAL))
+    first = train(parse_recipe(first_stage(kind, seed, steps)), folder / f"{kind}-{seed}-first")
     more = steps_in(minutes[1], folder / "trial-second", second_stage("plain", 0, TRIAL, first))
     recipe = parse_recipe(second_stage(option, seed, more, first))
     model = load(train(recipe, folder / f"{option}-{seed}-second"))
     drawn = features(draw(model.network, model.provenance["defaults"], [None] * DRAWN, range(DRAWN)))
     pictures, _ = open_data(recipe.data, 0, 4)
     known = features(pictures.view(index, 0)[1] for index in range(min(COMPARED, len(pictures))))
-    told = json.loads((folder / f"{option}-{seed}-first" / "metrics.jsonl").read_text().splitlines()[-1])
+    told = json.loads((folder / f"{kind}-{seed}-first" / "metrics.jsonl").read_text().splitlines()[-1])
     figures = {
         "option": option, "seed": seed, "kid": kid(drawn, known).mean, "network": NETWORK, "first_steps": steps,
         "second_steps": more, "psnr": told["validation/psnr"], "latent_std": told["validation/latent_std"],

@@ -60,7 +60,10 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
     if autoencoder is not None:
         data = _latents(model.first_stage, train, encoder_digest)
         held_data = _latents(model.first_stage, held, encoder_digest)
-        model.first_stage.set_statistics(*data.statistics())
+        mean, std = data.statistics()
+        if not recipe.whitening:
+            mean, std = torch.zeros_like(mean), _one_deviation(mean, std)
+        model.first_stage.set_statistics(mean, std)
     order = Order(len(data), recipe.schedule.batch, recipe.seed, data.buckets)
     loader = Loader(
         data, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers, recipe.data.keywords
@@ -100,6 +103,11 @@ def provenance(recipe: DiffusionRecipe, source: Source, steps: int) -> dict[str,
         "versions": {"latentkit": __version__, "torch": str(torch.__version__)},
         "defaults": sampling_defaults(recipe),
     }
+
+
+def _one_deviation(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """The deviation of all channels together, `c` times (Rombach et al. 2022, G)."""
+    return ((std.square() + mean.square()).mean() - mean.mean().square()).sqrt().expand_as(std)
 
 
 def _say_cut(model: LatentDiffusion, source: Source) -> None:
