@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,13 +14,14 @@ from latentkit.checkpoints.detect import DESCRIPTION, Found, single_file
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.names.ldm_names import EMA, FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
 from latentkit.checkpoints.names.rename import Complaints, Pair, finite, given, prefixed, taken
-from latentkit.checkpoints.names.tower_names import modern, single_file_pairs, unused
+from latentkit.checkpoints.names.tower_names import ROOT, modern, of_comfy, single_file_pairs, unused
 from latentkit.checkpoints.storage.archive import Archive, read_archive
 from latentkit.checkpoints.storage.tensors import write_tensors
-from latentkit.checkpoints.storage.vocabulary import has_bert, read_bert
+from latentkit.checkpoints.storage.vocabulary import has_bert, is_shipped, read_bert
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
+from latentkit.model.presets import PRESETS
 from latentkit.nets.tiny import TinyConfig
 
 OUR_UNET, OUR_FIRST_STAGE = "denoiser.unet.", "first_stage.autoencoder."
@@ -37,6 +38,7 @@ IGNORED = {
     "counters of training": r"(.*\.)?(num_batches_tracked|global_step)",
 }
 """Tensors that take no part in a picture, by what they are."""
+TWICE = "the first stage a second time"
 AUGMENTOR = "parts of a text or image tower that take no part"
 OF_EMBEDDINGS = {f"conditioners.image.{kind}": f"noise_augmentor.data_{kind}" for kind in ("mean", "std")}
 """unCLIP's mean and deviation of embedded pictures."""
@@ -64,8 +66,11 @@ def built(architecture: Architecture, state: dict[str, Any], what: str) -> Laten
         raise InputError(f"{what}: its architecture cannot be built: {error}") from None
 
 
-def single_pairs(model: LatentDiffusion) -> list[Pair]:
-    """Every parameter of the model beside its released name; InputError for what that layout cannot hold."""
+def single_pairs(model: LatentDiffusion, names: Collection[str] = ()) -> list[Pair]:
+    """Every parameter of the model beside its released name; InputError for what that layout cannot hold.
+
+    `names` are those of a file that is read (see `single_file_pairs`).
+    """
     architecture = model.architecture
     if architecture.text is not None:
         raise InputError(
@@ -78,7 +83,7 @@ def single_pairs(model: LatentDiffusion) -> list[Pair]:
     return [
         *prefixed(unet_pairs(model.denoiser.unet), UNET, OUR_UNET),
         *prefixed(autoencoder_pairs(model.first_stage.autoencoder), FIRST_STAGE, OUR_FIRST_STAGE),
-        *single_file_pairs(architecture),
+        *single_file_pairs(architecture, names),
     ]
 
 
@@ -88,6 +93,28 @@ def _averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensors[average] for name, average in names.items()} if set(names.values()) <= tensors.keys() else {}
 
 
+def _renamed(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors under the names that text towers have in today's files; InputError where two come to one name."""
+    renamed: dict[str, Tensor] = {}
+    for name, new in of_comfy(tensors).items():
+        new = modern(new, TEXT_ROOT)
+        if new in renamed:
+            raise InputError(f"{what}: holds {new} twice, under the names of two versions")
+        renamed[new] = tensors[name]
+    return renamed
+
+
+def _seconds(tensors: Mapping[str, Tensor], pairs: list[Pair]) -> set[str]:
+    """Names of the first stage's tensors in the place of a conditioner that this model does not have.
+
+    inpainting_big saves it twice: it encodes the condition too (`__is_first_stage__`).
+    """
+    if any(pair.theirs.startswith(ROOT) for pair in pairs):
+        return set()
+    copies = {ROOT + name.removeprefix(FIRST_STAGE): name for name in tensors if name.startswith(FIRST_STAGE)}
+    return {name for name in copies.keys() & tensors.keys() if tensors[name].shape == tensors[copies[name]].shape}
+
+
 def match(archive: Archive, what: str, averaged: bool | None = None, folder: Path | None = None) -> Match:
     """What the archive holds, and every tensor of it accounted for.
 
@@ -95,7 +122,7 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
     there, and not for Stable Diffusion. `folder` may hold the vocabulary of a model with BERT's (see `read_bert`),
     which is in no such file. Errors: InputError where the kind of model cannot be known.
     """
-    tensors = {modern(name, TEXT_ROOT): tensor for name, tensor in archive.tensors.items()}
+    tensors = _renamed(archive.tensors, what)
     found = single_file(archive._replace(tensors=tensors), what)
     of_2021 = not (found.architecture.clip or "latentkit" in found.name)
     averages = _averaged(tensors) if (of_2021 if averaged is None else averaged) else {}
@@ -108,7 +135,8 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
     if found.architecture.bert and not state.get("text", {}).get("tokenizer") and folder and has_bert(folder):
         state["text"] = {"tokenizer": read_bert(folder)}
     model = built(found.architecture, state, what)
-    pairs = single_pairs(model)
+    pairs = single_pairs(model, tensors)
+    seconds = _seconds(tensors, pairs)
     buffers = dict(model.named_buffers())
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
     ours, complaints = taken(pairs, tensors | averages, expected)
@@ -117,6 +145,8 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
         kind = next((kind for kind, pattern in IGNORED.items() if re.fullmatch(pattern, name)), None)
         if kind is None and unused(name):
             kind = AUGMENTOR
+        if name in seconds:
+            kind = TWICE
         if kind is None:
             complaints.unknown.append(name)
         else:
@@ -224,6 +254,7 @@ def write_single(
     """
     pairs = single_pairs(model)
     architecture = model.architecture
+    _refuse_unsaid(architecture, model.state())
     scale = usual_scale(model.first_stage)
     tensors = given(pairs, model.state_dict() | folded(model.first_stage, scale, dtype))
     if dtype is not None:
@@ -250,11 +281,40 @@ def write_single(
     write_tensors(Path(path), tensors, metadata)
 
 
+def _refuse_unsaid(architecture: Architecture, state: Mapping[str, Any]) -> None:
+    """InputError for what other programs take to be Stable Diffusion's own, because this layout has no word for it."""
+    known = [preset.architecture for preset in PRESETS.values()]
+    image = architecture.image
+    schedules = [own.schedule for own in known if (own.clip is None) == (architecture.clip is None)]
+    noises = [own.image.noise for own in known if own.image]
+    text = state.get("text", {}).get("tokenizer") if architecture.clip else None
+    for wrong, what in (
+        (architecture.prediction not in ("eps", "v"), f"prediction {architecture.prediction!r}, only eps and v"),
+        (
+            replace(architecture.schedule, zero_terminal=False) not in schedules,
+            f"noise schedule as this {architecture.schedule.kind!r} one, only those of released models",
+        ),
+        (image and image.noise not in noises, "noise of its own on embedded pictures, only unCLIP's cosine"),
+        (text and not is_shipped(text), "vocabulary of one's own, only CLIP's"),
+    ):
+        if wrong:
+            raise InputError(f"the CompVis layout holds no {what}; our own layout does")
+
+
 def spec_name(architecture: Architecture) -> str:
-    """ModelSpec's name of the kind of model."""
-    context = architecture.network.context_width
-    kinds = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2-512", 2048: "stable-diffusion-xl-v1-base"}
-    name = kinds.get(context or 0, "latent-diffusion")
-    if context == 1024 and architecture.prediction == "v":
-        name = "stable-diffusion-v2-768-v"
-    return "stable-diffusion-xl-v1-refiner" if context == 1280 and architecture.numbers else name
+    """ModelSpec's name of the kind of model, and of kinds that it does not list the one that programs use."""
+    network, image = architecture.network, architecture.image
+    concat = {5: "inpainting", 1: "depth"}.get(architecture.concat_channels)
+    if network.context_width == 1280 and architecture.numbers:
+        return "stable-diffusion-xl-v1-refiner"
+    if network.context_width == 2048:
+        return f"stable-diffusion-xl-v1-{concat or 'base'}"
+    if network.context_width == 768:
+        return "-".join(["stable-diffusion-v1", *(["variations"] if image else [concat] if concat else [])])
+    if network.context_width != 1024:
+        return "latent-diffusion"
+    if network.classes:
+        return "stable-diffusion-x4-upscaler"
+    if image:
+        return f"stable-diffusion-v2-unclip-{'l' if image.tower.projection == 768 else 'h'}"
+    return f"stable-diffusion-v2-{concat or ('768-v' if architecture.prediction == 'v' else '512')}"

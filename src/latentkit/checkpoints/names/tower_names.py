@@ -5,7 +5,7 @@ Stability-AI/generative-models `encoders/modules.py` and stablediffusion `module
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from latentkit.checkpoints.names.rename import Pair, prefixed
 from latentkit.errors import InputError
@@ -22,11 +22,15 @@ UNUSED = tuple(
         r"cond_stage_model\.transformer\.to_logits\..*",
         r"embedder\.model\.(?!visual\.).*",  # the text tower beside unCLIP's image tower
         r"noise_augmentor\..*",  # its schedule
+        r"(cond_stage_model|conditioner\.embedders\.0)\.(text_projection|transformer\.text_projection\.weight)",
+        r"embedding_manager\..*",  # of a trainer of textual inversions
     )
 )
 """Tensors of single files that belong to text and image towers and take no part in a picture."""
 
 ROOT = "cond_stage_model."
+COMFY = re.compile(r"cond_stage_model\.clip_([lgh])\.")
+"""What ComfyUI's own names of towers begin with, in files that some of its versions saved."""
 
 
 def unused(name: str) -> bool:
@@ -134,17 +138,19 @@ def bert_text(config: BertTextConfig) -> list[Pair]:
     return [*pairs, *_layer("norm", "norm_out")]
 
 
-def single_file_pairs(architecture: Architecture) -> list[Pair]:
+def single_file_pairs(architecture: Architecture, names: Collection[str] = ()) -> list[Pair]:
     """Every tensor of the conditioners in the single files of CompVis and Stability, prefixes included.
 
-    OpenAI's towers (quick_gelu) stand there as transformers names them, OpenCLIP's as OpenCLIP does.
+    OpenAI's towers (quick_gelu) stand there as transformers names them, OpenCLIP's as OpenCLIP does unless the file's
+    `names` have it as transformers does.
     """
     pairs: list[Pair] = []
     towers = architecture.clip.towers if architecture.clip else ()
     for index, tower in enumerate(towers):
         theirs = f"conditioner.embedders.{index}." if architecture.clip and architecture.clip.vector_width else ROOT
-        named = open_clip_text(tower) if tower.activation == "gelu" else hugging_face_text(tower)
-        place = "model." if tower.activation == "gelu" else "transformer."
+        open_clip = tower.activation == "gelu" and f"{theirs}transformer.text_model.final_layer_norm.bias" not in names
+        named = open_clip_text(tower) if open_clip else hugging_face_text(tower)
+        place = "model." if open_clip else "transformer."
         pairs += prefixed(named, theirs + place, f"conditioners.text.towers.{index}.")
     if architecture.bert:
         pairs += prefixed(bert_text(architecture.bert), ROOT + "transformer.", "conditioners.text.encoder.")
@@ -168,6 +174,16 @@ def modern(name: str, root: str = "") -> str:
     below = name.removeprefix(root)
     flat = name.startswith(root) and below.startswith(("embeddings.", "encoder.", "final_layer_norm."))
     return f"{root}text_model.{below}" if flat else name
+
+
+def of_comfy(names: Iterable[str]) -> dict[str, str]:
+    """Each name as single files have it, where ComfyUI's own names of towers (`COMFY`) stand in some."""
+    names = list(names)
+    kinds = {match[1] for name in names if (match := COMFY.match(name))}
+    places = {"l": ROOT, "h": ROOT}
+    if "g" in kinds:
+        places |= {"l": "conditioner.embedders.0.", "g": f"conditioner.embedders.{int('l' in kinds)}."}
+    return {name: COMFY.sub(lambda match: places[match[1]], name) for name in names}
 
 
 def folder_pairs(architecture: Architecture) -> dict[str, list[Pair]]:

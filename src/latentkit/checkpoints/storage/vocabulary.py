@@ -37,7 +37,7 @@ def read_clip(folder: Path) -> Vocabulary:
             raise InputError(f"{folder}: vocab.json and merges.txt do not belong together: {error}") from None
     pad = tokenizer.token_to_id(_pad(folder))
     text, end = tokenizer.to_str(), tokenizer.token_to_id(END)
-    return Vocabulary(None if _pairs(text) == _shipped() else text, None if pad == end else pad)
+    return Vocabulary(None if is_shipped(text) else text, None if pad == end else pad)
 
 
 def _frameless(tokenizer: Any) -> Any:
@@ -58,6 +58,11 @@ def _pairs(text: str) -> tuple[Any, ...]:
     vocabulary = model.get("vocab") or {}
     added = {token["content"] for token in whole.get("added_tokens", [])}
     return vocabulary, merges, added - set(vocabulary)
+
+
+def is_shipped(text: str) -> bool:
+    """Whether a tokenizer's JSON text is CLIP's own, which the package ships."""
+    return _pairs(text) == _shipped()
 
 
 @cache
