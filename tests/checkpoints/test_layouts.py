@@ -3,11 +3,13 @@
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import family
 import pytest
@@ -95,6 +97,63 @@ def test_shards_variants_and_old_names_are_read(tmp_path: Path) -> None:
     text.unlink()
     torch.save(flat | {"embeddings.position_ids": torch.arange(77)[None]}, root / "text_encoder" / "pytorch_model.bin")
     the_same(model, read_folder(root))
+
+
+def test_several_variants_without_a_plain_one_must_be_chosen(tmp_path: Path) -> None:
+    model, root = family.model("SD 1", torch.float16), tmp_path / "model"
+    write_folder(root, model)
+    plain = root / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(plain)
+    save_file({name: 2 * tensor for name, tensor in tensors.items()}, plain.with_name(f"{plain.stem}.fp16.safetensors"))
+    torch.save({name: 3 * tensor for name, tensor in tensors.items()}, plain.with_name(f"{plain.stem}.non_ema.bin"))
+    weight = model.denoiser.unet.conv_in.weight
+    for variant, factor in ((None, 1), ("fp16", 2), ("non_ema", 3)):
+        assert torch.equal(read_folder(root, variant=variant).denoiser.unet.conv_in.weight, factor * weight)
+    with pytest.raises(InputError, match="no part has weights of the variant 'ema'"):
+        read_folder(root, variant="ema")
+    plain.unlink()
+    assert torch.equal(read_folder(root, variant="non_ema").denoiser.unet.conv_in.weight, 3 * weight)
+    with pytest.raises(InputError, match=r"unet: holds no plain weights but the variants fp16, non_ema; leave one"):
+        read_folder(root)
+    (root / "vae" / plain.name).rename(root / "vae" / f"{plain.stem}.ema.safetensors")
+    with pytest.raises(InputError, match=r"vae: holds no plain weights but the variants ema; leave one"):
+        read_folder(root, variant="fp16")
+    with pytest.raises(InputError, match="holds no weights"):
+        read_part(root / "tokenizer")
+
+
+SCHEDULERS = [
+    ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name is 'FlowMatchEulerDiscreteScheduler'"),
+    ({"_class_name": "EDMEulerScheduler"}, "_class_name is 'EDMEulerScheduler'"),
+    ({"_class_name": ["DDIMScheduler"]}, "_class_name is "),
+    ({"use_flow_sigmas": True}, "use_flow_sigmas is 'True'"),
+    ({"sigma_data": 0.5}, "sigma_data is '0.5'"),
+    ({"timestep_type": "continuous"}, "timestep_type is 'continuous'"),
+    ({"prediction_type": "flow_prediction"}, "prediction_type 'flow_prediction'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), SCHEDULERS)
+def test_schedulers_of_other_noise_are_refused(fields: dict[str, Any], message: str, written: Path) -> None:
+    path = written / "model" / "scheduler" / "scheduler_config.json"
+    kept = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(kept) | fields))
+        with pytest.raises(InputError, match=re.escape(message)):
+            read_folder(written / "model")
+    finally:
+        path.write_text(kept)
+
+
+@pytest.mark.parametrize("name", ["PNDMScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+def test_schedulers_of_betas_are_one(name: str, written: Path) -> None:
+    path = written / "model" / "scheduler" / "scheduler_config.json"
+    kept = path.read_text()
+    try:
+        path.write_text(json.dumps(json.loads(kept) | {"_class_name": name, "use_flow_sigmas": False}))
+        assert read_folder(written / "model").architecture == family.ARCHITECTURES["SD 1"]
+    finally:
+        path.write_text(kept)
 
 
 def test_averaged_weights_are_asked_for(tmp_path: Path) -> None:

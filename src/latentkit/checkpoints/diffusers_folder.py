@@ -64,6 +64,18 @@ SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_c
 LEFT_EMPTY = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline")
 """Pipelines whose safety checker is left out."""
 LCM = "LCMScheduler"
+SCHEDULERS = {
+    f"{name}Scheduler"
+    for name in (
+        "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel", "DEISMultistep", "DPMSolverMultistep",
+        "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep", "EulerAncestralDiscrete", "EulerDiscrete",
+        "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete", "LCM", "LMSDiscrete", "PNDM", "SASolver", "TCD",
+        "UniPCMultistep",
+    )
+}  # fmt: skip
+"""Classes that take noise laid out by betas and steps by their number, whichever way they step."""
+OTHERWISE = {"sigma_data": None, "use_flow_sigmas": False, "timestep_type": "discrete"}
+"""Fields by which such a class becomes one of another noise, and what they say where it does not."""
 FILES = {"feature_extractor": "preprocessor_config.json"}
 """Files of parts whose fields do not stand in config.json or scheduler_config.json."""
 LOW_RESOLUTION = NoiseSchedule(kind="scaled_linear", beta_start=0.0001, beta_end=0.02)
@@ -84,6 +96,7 @@ def read_folder(
 ) -> LatentDiffusion:
     """The model in a diffusers folder; `dtype` None: as stored. Only its CLIP towers and tokenizers are understood.
 
+    `variant`: see `read_part`; parts that have none of it are read plain.
     Errors: InputError names parts, fields and tensors that cannot be run, are missing or left over.
     """
     model, state, complaints = match_folder(Path(path), variant)
@@ -93,6 +106,8 @@ def read_folder(
 
 def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusion, dict[str, Tensor], Complaints]:
     """The model without weights, its weights, and what does not fit."""
+    if variant and not any(f".{variant}." in file.name for file in path.glob("*/*")):
+        raise InputError(f"{path}: no part has weights of the variant {variant!r}")
     index = read_json(path / INDEX)
     kinds = _parts(path, index)
     unet_json_ = read_json(path / "unet" / "config.json") | {"_class_name": kinds["unet"]}
@@ -241,6 +256,11 @@ def _numbers(network: UNetConfig, place: str, clip: ClipConfig | None, width: An
 
 def _schedule(path: Path) -> tuple[NoiseSchedule, PredictionName]:
     values = read_json(path)
+    if (name := str(values.get("_class_name", "DDIMScheduler"))) not in SCHEDULERS:
+        raise InputError(f"{path}: _class_name is {name[:80]!r}, which is not read; only schedulers of betas are")
+    for field, plain in OTHERWISE.items():
+        if (value := values.get(field, plain)) != plain:
+            raise InputError(f"{path}: {field} is {str(value)[:80]!r}, which asks for other noise than that of betas")
     kind = SCHEDULES.get(values.get("beta_schedule", "linear"))
     prediction = PREDICTIONS.get(values.get("prediction_type", "epsilon"))
     if kind is None or prediction is None:

@@ -103,24 +103,33 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     """The tensors of a sub-folder that diffusers or transformers wrote: one file, or shards and their index.
 
     `variant` is the middle of the file's name ("fp16"); None: the plain files, or the one variant that is there.
-    Errors: InputError names what is missing, and a shard whose name leads out of the folder.
+    Errors: InputError names what is missing, variants of which none is plain, and a shard whose name leads out of the
+    folder.
     """
+    found: dict[str, Path] = {}
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         for ending in (".safetensors", ".bin"):
-            whole = [folder / f"{stem}{f'.{variant}' if variant else ''}{ending}"]
-            index = [folder / f"{stem}{ending}.index{f'.{variant}' if variant else ''}.json"]
-            if variant is None:
-                whole += sorted(
-                    p for p in folder.glob(f"{stem}.*{ending}") if re.fullmatch(r"[^.]+\.[^.-]+\.[^.]+", p.name)
-                )
-                index += sorted(folder.glob(f"{stem}{ending}.index.*.json"))
-            for path in whole:
-                if path.is_file():
-                    return read_archive(path).tensors
-            for path in index:
-                if path.is_file():
-                    return _shards(folder, path)
-    raise InputError(f"{folder}: holds no weights" + (f" of the variant {variant!r}" if variant else ""))
+            found = _variants(folder, stem, ending) | found
+    if not found:
+        raise InputError(f"{folder}: holds no weights")
+    if variant not in found and "" not in found and (variant or len(found) > 1):
+        raise InputError(
+            f"{folder}: holds no plain weights but the variants {', '.join(sorted(found))}; leave one of them there, "
+            "or name one in Python: read_folder(path, variant=...)"
+        )
+    path = found.get(variant or "") or found.get("") or next(iter(found.values()))
+    return _shards(folder, path) if path.suffix == ".json" else read_archive(path).tensors
+
+
+def _variants(folder: Path, stem: str, ending: str) -> dict[str, Path]:
+    """Whole files, or indices of shards, by variant; that of plain ones is empty."""
+    last = re.escape(ending)
+    found: dict[str, Path] = {}
+    for pattern in (rf"{stem}{last}\.index(?:\.([^.]+))?\.json", rf"{stem}(?:\.([^.-]+))?{last}"):
+        for path in sorted(folder.glob(f"{stem}*")):
+            if (match := re.fullmatch(pattern, path.name)) and path.is_file():
+                found[match[1] or ""] = path
+    return found
 
 
 def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
