@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from small_fit import folder_of
 from latentkit import cli
 from latentkit.applications.fit.measure import Measured
 from latentkit.applications.paper import arms, compression, first_stages
-from latentkit.applications.paper.arms import Asked, data_recipe, planned, spent
+from latentkit.applications.paper.arms import Asked, costs, data_recipe, planned, spent
 from latentkit.applications.paper.figure import curves
 from latentkit.applications.paper.table import markdown
 from latentkit.data.source import open_source
@@ -24,6 +25,7 @@ from latentkit.evaluation.metrics.kid import kid
 from latentkit.model.first_stage import FirstStage
 from latentkit.training.diffusion import DiffusionObjective
 from latentkit.training.first_stage.autoencoder import AutoencoderObjective
+from latentkit.training.run.interrupt import Stopped
 
 TIMES = ("seconds", "thread_seconds", "computed", "training_speed", "drawing_speed")
 ASKED = Asked(command="paper", data="pictures", pictures="0", size=8, minutes=1.0, seed=0)
@@ -163,6 +165,77 @@ def test_first_stages_killed_in_the_last_arm_go_on_and_end_the_same(made, pictur
     assert untimed(folder) == untimed(made)
     assert (folder / "kl-f2" / "timings.jsonl").read_bytes() == journal
     assert (folder / "reconstructions.png").read_bytes() == (made / "reconstructions.png").read_bytes()
+
+
+def test_what_was_measured_is_kept_when_it_is_stopped(pictures, tmp_path, monkeypatch):
+    folder, seen = tmp_path / "first-stages", []
+
+    def interrupted(recipe, _):
+        seen.append(recipe.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return Measured(seconds=1, thread_seconds=0.1, memory=0)
+
+    monkeypatch.setattr(first_stages, "measure_autoencoder", interrupted)
+    with pytest.raises(Stopped):
+        first(pictures, folder)
+    assert [path.name for path in folder.iterdir()] == ["measured.yaml"]
+    first(pictures, folder)
+    assert seen == ["kl-f2", "kl-f4", "vq-f2", "vq-f2", "vq-f4"]
+    assert not (folder / "measured.yaml").exists(), "the plan holds it"
+
+
+def test_what_was_measured_for_other_settings_is_not_taken(tmp_path):
+    seen = []
+
+    def one(name):
+        seen.append(name)
+        return Measured(seconds=1, memory=0)
+
+    for minutes in (1.0, 1.0, 2.0):
+        costs(tmp_path, ASKED.model_copy(update={"minutes": minutes}), ["a", "b"], one)
+    assert seen == ["a", "b", "a", "b"]
+
+
+@pytest.mark.parametrize(("end", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)])
+def test_a_signal_between_two_runs_is_answered(made, pictures, tmp_path, monkeypatch, capsys, end, code):
+    def stopped(*_):
+        raise end
+
+    shutil.copytree(made, tmp_path / "first-stages")
+    (tmp_path / "first-stages" / "vq-f4" / "figures.json").unlink()
+    monkeypatch.setattr(first_stages, "_figures", stopped)
+    with pytest.raises(Stopped) as found:
+        first(pictures, tmp_path / "first-stages")
+    assert found.value.code == code
+    assert capsys.readouterr().err.endswith("\nstopped; run the same command to go on\n")
+
+
+def test_a_signal_in_training_is_answered_once(pictures, tmp_path, monkeypatch, capsys):
+    real = AutoencoderObjective.loss
+
+    def loss(self, *given):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, *given)
+
+    monkeypatch.setattr(AutoencoderObjective, "loss", loss)
+    with pytest.raises(Stopped):
+        compression.compression(pictures, tmp_path / "compression", minutes=0.001, trained=tmp_path / "none", size=8)
+    assert capsys.readouterr().err.count("run the same command to go on") == 1
+
+
+def test_a_signal_in_a_measurement_is_answered(pictures, tmp_path, monkeypatch, capsys):
+    real = DiffusionObjective.loss
+
+    def loss(self, *given):
+        signal.raise_signal(signal.SIGINT)
+        return real(self, *given)
+
+    monkeypatch.setattr(DiffusionObjective, "loss", loss)
+    with pytest.raises(Stopped):
+        compression.compression(pictures, tmp_path / "compression", minutes=0.001, trained=tmp_path / "none", size=8)
+    assert "after step" not in (said := capsys.readouterr().err)
+    assert said.endswith("\nstopped while steps were tried; run the same command to go on\n")
 
 
 def test_other_settings_are_refused(made, pictures, tmp_path):

@@ -16,7 +16,7 @@ from latentkit.training import distributed
 from latentkit.training.collapse import Collapse
 from latentkit.training.ema import Averaging, Ema
 from latentkit.training.optimizers import Optimiser, Stepper
-from latentkit.training.run.interrupt import Interrupt
+from latentkit.training.run.interrupt import Interrupt, Stopped
 from latentkit.training.run.progress import Progress, say, warn
 from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.run.store import Checkpoint, Damaged, SaveError, Store, Tables, persist
@@ -112,7 +112,7 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step.
 
-        Raises SystemExit(143 or 130) after saving on SIGTERM or Ctrl-C, NotFinite, or SaveError where the last
+        Raises Stopped(143 or 130) after saving on SIGTERM or Ctrl-C, NotFinite, or SaveError where the last
         checkpoint cannot be written.
         """
         with Interrupt() as interrupt:
@@ -136,8 +136,9 @@ class Trainer:
                     if last or self.step % self.schedule.save_every == 0 or self._begins():
                         self.save(last)
                     if signal:
-                        say(f"stopped by signal {signal} after step {self.step}; run the same command to go on")
-                        raise SystemExit(128 + signal)
+                        if not self.progress.silent:
+                            say(f"stopped by signal {signal} after step {self.step}; run the same command to go on")
+                        raise Stopped(128 + signal)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Write values of the present step into the metrics (for callbacks); they must not hold times."""

@@ -28,6 +28,8 @@ from latentkit.training import distributed
 from latentkit.training.diffusion import DiffusionObjective
 from latentkit.training.first_stage.autoencoder import AutoencoderObjective
 from latentkit.training.recipe import AutoencoderRecipe, DiffusionRecipe, resolved
+from latentkit.training.run.interrupt import Stopped
+from latentkit.training.run.progress import say
 from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
@@ -106,7 +108,11 @@ def rehearse(
         )
         trainer.progress.silent = True
         with suppress(_Enough):
-            trainer.train()
+            try:
+                trainer.train()
+            except Stopped:
+                say("stopped while steps were tried; run the same command to go on")
+                raise
         after(trainer)
 
 

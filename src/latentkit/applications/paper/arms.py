@@ -1,8 +1,8 @@
 """Runs that are compared at equal time: their plan on disk, and the time that each of them really took."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -20,11 +20,14 @@ from latentkit.training.recipe import AutoencoderRecipe, DataRecipe, DiffusionRe
 from latentkit.training.run.progress import say
 from latentkit.training.run.store import FileCalls, make_folder, persist, replace_file
 
-PLAN = "plan.yaml"
+PLAN, MEASURED = "plan.yaml", "measured.yaml"
+OURS = {MEASURED, f"tmp-{MEASURED}", f"tmp-{PLAN}"}
+"""All that a folder may hold before there is a plan."""
 SHIPPED_DATA = "data/emoji"
 SPLITS = ("train", "holdout")
 SAVES = 8  # checkpoints of a run, at least
 LOGS = 4  # lines of its journals between two of them
+T = TypeVar("T", bound=BaseModel)
 
 
 class Asked(BaseModel):
@@ -68,6 +71,15 @@ class Plan(BaseModel):
     threads: int
     seconds: float
     arms: list[Arm]
+
+
+class Begun(BaseModel):
+    """What steps were measured to cost before there was a plan, by the arm's name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    asked: Asked
+    arms: dict[str, Measured]
 
 
 class Spent(NamedTuple):
@@ -117,25 +129,45 @@ def cost(measured: Measured, clock: Clock) -> float:
     return measured.thread_seconds if clock == "thread_seconds" else measured.seconds
 
 
+def costs(folder: Path, asked: Asked, names: Iterable[str], measure: Callable[[str], Measured]) -> dict[str, Measured]:
+    """What a step of each arm costs; each is kept in `folder` as it comes, so that what was stopped goes on."""
+    begun = _read(folder / MEASURED, Begun)
+    found = dict(begun.arms) if begun and begun.asked == asked else {}
+    for name in names:
+        if name not in found:
+            say(f"measuring a step of {name}")
+            found[name] = measure(name)
+            _save(folder / MEASURED, Begun(asked=asked, arms=found))
+    return found
+
+
 def save(folder: Path, plan: Plan) -> None:
     """Write the plan, whole or not at all."""
+    _save(folder / PLAN, plan)
+    (folder / MEASURED).unlink(missing_ok=True)
+
+
+def _save(path: Path, what: BaseModel) -> None:
     calls = FileCalls()
-    text = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(what.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
     def write() -> None:
-        make_folder(calls, folder.absolute())
-        replace_file(calls, folder / PLAN, [text.encode()])
+        make_folder(calls, path.parent.absolute())
+        replace_file(calls, path, [text.encode()])
 
-    persist(calls, f"plan {folder / PLAN}", write)
+    persist(calls, f"{path.stem} {path}", write)
 
 
 def read(folder: Path) -> Plan | None:
     """The plan in a folder, if there is one; InputError where it cannot be read."""
-    path = folder / PLAN
+    return _read(folder / PLAN, Plan)
+
+
+def _read(path: Path, kind: type[T]) -> T | None:
     if not path.exists():
         return None
     try:
-        return Plan.model_validate(yaml.safe_load(path.read_bytes()))
+        return kind.model_validate(yaml.safe_load(path.read_bytes()))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML ({error}); put it back as it was, or name another folder") from None
     except ValidationError as error:
@@ -146,7 +178,7 @@ def load(folder: Path, asked: Asked) -> Plan | None:
     """The plan to go on by, if there is one; InputError where the folder holds something else."""
     plan = read(folder)
     if plan is None:
-        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - {f"tmp-{PLAN}"}):
+        if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - OURS):
             raise InputError(f"{folder} is there already and holds no {PLAN}; name another folder with -o")
         return None
     before, now = plan.asked.model_dump(), asked.model_dump()

@@ -18,6 +18,7 @@ from latentkit.applications.paper.arms import (
     Plan,
     announce,
     cost,
+    costs,
     data_recipe,
     load,
     planned,
@@ -42,6 +43,7 @@ from latentkit.model.first_stage import FirstStage
 from latentkit.training.diffusion import DiffusionObjective
 from latentkit.training.ema import reconstruct
 from latentkit.training.recipe import DataRecipe, DiffusionRecipe, parse_recipe
+from latentkit.training.run.interrupt import told
 from latentkit.training.run.progress import quiet, say
 from latentkit.training.run.store import FileCalls, replace_file
 
@@ -92,6 +94,7 @@ def recipes(data: DataRecipe, seed: int, trained: Mapping[int, Path]) -> dict[st
     return found
 
 
+@told()
 def compression(data: str, folder: Path, *, minutes: float, trained: Path, size: int = 64, seed: int = 0) -> Path:
     """Train and measure the second stage at every downsampling in `folder`; returns the path of the table.
 
@@ -112,7 +115,7 @@ def compression(data: str, folder: Path, *, minutes: float, trained: Path, size:
     if plan is None:
         pictures = data_recipe(data, source, size)
         paths = given or {factor: own / f"kl-f{factor}" / files.RUN_MODEL for factor in FACTORS}
-        plan = _plan(asked, part * TRAINING, recipes(pictures, seed, paths), source)
+        plan = _plan(folder, asked, part * TRAINING, recipes(pictures, seed, paths), source)
         save(folder, plan)
     if given is None:
         first_stages(data, own, minutes=FIRST * minutes, size=size, seed=seed, kinds=("kl",))
@@ -143,14 +146,14 @@ def _given(trained: Path, source: Source, size: int) -> dict[int, Path] | None:
     return found
 
 
-def _plan(asked: Asked, part: float, found: Mapping[str, DiffusionRecipe], source: Source) -> Plan:
+def _plan(folder: Path, asked: Asked, part: float, found: Mapping[str, DiffusionRecipe], source: Source) -> Plan:
     """Measure every arm on latents drawn at random, and give each as many steps as fit into its share."""
     configs = {f"f{factor}": config for factor, config in networks("kl").items()}
-    measured = {}
-    for name, recipe in found.items():
-        say(f"measuring a step of {name}")
-        measured[name] = _measured(recipe, FirstStage(configs.get(name), 3), source)
-    return planned(asked, part, found, measured, points=POINTS)
+
+    def measure(name: str) -> Measured:
+        return _measured(found[name], FirstStage(configs.get(name), 3), source)
+
+    return planned(asked, part, found, costs(folder, asked, found, measure), points=POINTS)
 
 
 def _measured(recipe: DiffusionRecipe, first_stage: FirstStage, source: Source) -> Measured:

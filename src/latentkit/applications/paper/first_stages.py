@@ -6,7 +6,18 @@ from pathlib import Path
 from torch import Tensor
 
 from latentkit.applications.fit.measure import measure_autoencoder
-from latentkit.applications.paper.arms import Arm, Asked, Plan, announce, data_recipe, load, planned, save, times
+from latentkit.applications.paper.arms import (
+    Arm,
+    Asked,
+    Plan,
+    announce,
+    costs,
+    data_recipe,
+    load,
+    planned,
+    save,
+    times,
+)
 from latentkit.applications.paper.table import Columns, Row, kept, markdown, write
 from latentkit.applications.pictures import open_data, write_sheet
 from latentkit.applications.stages.train import train
@@ -23,7 +34,8 @@ from latentkit.training.first_stage.autoencoder import ReconstructionLoss
 from latentkit.training.first_stage.codebook import CodebookLoss
 from latentkit.training.optimizers import Optimiser
 from latentkit.training.recipe import AutoencoderRecipe, DataRecipe
-from latentkit.training.run.progress import quiet, say
+from latentkit.training.run.interrupt import told
+from latentkit.training.run.progress import quiet
 from latentkit.training.trainer import Schedule
 
 COMMAND = "paper first-stages"
@@ -74,6 +86,7 @@ def recipes(data: DataRecipe, seed: int, kinds: Sequence[str]) -> dict[str, Auto
     }
 
 
+@told()
 def first_stages(
     data: str, folder: Path, *, minutes: float, size: int = 64, seed: int = 0, kinds: Sequence[str] = ("kl", "vq")
 ) -> Path:
@@ -88,7 +101,7 @@ def first_stages(
     asked = Asked(command=command, data=data, pictures=source.fingerprint, size=size, minutes=minutes, seed=seed)
     plan = load(folder, asked)
     if plan is None:
-        plan = _plan(asked, recipes(data_recipe(data, source, size), seed, kinds))
+        plan = _plan(folder, asked, recipes(data_recipe(data, source, size), seed, kinds))
         save(folder, plan)
     rows = []
     for number, arm in enumerate(plan.arms):
@@ -102,12 +115,9 @@ def first_stages(
     return write(folder, plan, rows, f"{lead}\n\n{markdown(COLUMNS, rows)}", network=NETWORK)
 
 
-def _plan(asked: Asked, found: Mapping[str, AutoencoderRecipe]) -> Plan:
+def _plan(folder: Path, asked: Asked, found: Mapping[str, AutoencoderRecipe]) -> Plan:
     """Measure every arm and give each as many steps as fit into its share."""
-    measured = {}
-    for name, recipe in found.items():
-        say(f"measuring a step of {name}")
-        measured[name] = measure_autoencoder(recipe, _data(recipe)[0])
+    measured = costs(folder, asked, found, lambda name: measure_autoencoder(found[name], _data(found[name])[0]))
     return planned(asked, TRAINING, found, measured)
 
 

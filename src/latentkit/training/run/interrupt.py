@@ -2,10 +2,30 @@
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from latentkit.training.run.progress import say
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """A signal ended what was done, in a state that can be taken up; the person was told."""
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Where a signal ends what is done in this context between its runs: say so, and raise Stopped."""
+    try:
+        yield
+    except Stopped:
+        raise
+    except (KeyboardInterrupt, SystemExit) as end:
+        say("stopped; run the same command to go on")
+        raise Stopped(end.code if isinstance(end, SystemExit) else 128 + signal.SIGINT) from None
 
 
 class Interrupt:
