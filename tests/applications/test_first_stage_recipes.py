@@ -30,6 +30,8 @@ def test_a_first_stage_of_the_paper(name: str) -> None:
     recipe = read_recipe(str(FOLDER / f"{name}.yaml"), [])
     assert isinstance(recipe, AutoencoderRecipe)
     assert recipe.network == FIRST_STAGES[name]
+    shown = recipe.data.transform
+    assert (shown.size, shown.short, shown.crop, shown.flips) == (256, 384, "random", "")
     assert recipe.optimiser.lr == pytest.approx(4.5e-6 * recipe.schedule.batch)
     assert recipe.optimiser.betas == (0.5, 0.9)
     loss, critic = recipe.loss, recipe.loss.adversarial
