@@ -212,8 +212,8 @@ def test_each_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_what_does_not_fit_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
     style, file, picture = lora(tmp_path, QUERY), controlnet(tmp_path), hint(tmp_path)
     for fields, message in (
-        ({"lora": [[file, 1.0]]}, "not known to this model, so the LoRA is for another kind"),
-        ({"control": [[style, picture, 1.0]]}, "is no ControlNet"),
+        ({"lora": [[file, 1.0]]}, "is a ControlNet; wanted is a LoRA"),
+        ({"control": [[style, picture, 1.0]]}, "is a LoRA; wanted is a ControlNet"),
     ):
         with pytest.raises(InputError, match=message):
             next(generate(MODEL, [asking(), asking(**fields)]))

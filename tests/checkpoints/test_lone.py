@@ -108,7 +108,7 @@ def test_whole_models_and_other_files_are_no_part(files: dict[str, Path], tmp_pa
     save_file({**load_file(files["bare-unet"]), "zero_convs.0.0.weight": torch.ones(1)}, control)
     for path in (files["whole"], files["folder"], control):
         assert lone_part(path) is None
-    with pytest.raises(InputError, match="is no U-Net alone"):
+    with pytest.raises(InputError, match="is a whole model; wanted is a U-Net alone"):
         with_part(family.model("SD 1"), files["whole"], "unet")
 
 
@@ -131,8 +131,8 @@ def test_convert_puts_parts_into_a_model(files: dict[str, Path], tmp_path: Path)
     )
     assert command("diff", files["whole"], made)[0] == 0
     for option, part, message in (
-        ("vae", "unet", "is a U-Net alone, and no autoencoder; convert takes it with --unet"),
-        ("unet", "vae", "is no U-Net alone"),
+        ("vae", "unet", "is a U-Net alone; wanted is an autoencoder"),
+        ("unet", "vae", "is an autoencoder alone; wanted is a U-Net alone"),
     ):
         code, said = command(
             "convert", tmp_path / "blank.safetensors", tmp_path / "x", "--to", "ldm", f"--{option}", files[part]

@@ -97,7 +97,7 @@ def test_what_is_no_autoencoder_is_refused(run: Run, capsys: pytest.CaptureFixtu
     save_model("tiny.safetensors", tiny_model(), {})
     for words, code, message in (
         ("none.safetensors", 2, "no model 'none.safetensors'"),
-        ("folder/unet", 2, "is a U-Net alone, and no autoencoder; convert takes it with --unet"),
+        ("folder/unet", 2, "is a U-Net alone; wanted is an autoencoder"),
         ("emoji", 1, "the model draws latents of 4 channels, 2x2 pixels each, of 3 in pictures"),
     ):
         assert run(*ASKED, "--vae", words) == code

@@ -241,7 +241,7 @@ def test_a_lora_and_a_controlnet_and_their_replay(run: Run, capsys: pytest.Captu
         (["generate", "x", *M, "--size", "30"], 2, "multiples of"),
         (["generate", "x", *M, "--strength", "2"], 2, "must be at most 1"),
         (["generate", "x", *M, "--guidance-kind", "cgf"], 2, "guidance_kind: must be"),
-        (["generate", "x", *M, "--also", "y:1000"], 2, "also.0.1: must be at most 100"),
+        (["generate", "x", *M, "--also", "y:1000"], 2, "weight of also 1: must be at most 100"),
         (["generate", "x", *M, "--guidance-model", "tiny.safetensor"], 2, "did you mean 'tiny.safetensors'"),
         (["generate", "x", *M, "--init", "none.png"], 2, "none.png: cannot be read"),
         (["generate", "x", *M, "--depth", "none.png"], 2, "none.png: cannot be read"),

@@ -8,8 +8,10 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     ValidationError,
     model_validator,
 )
@@ -32,6 +34,14 @@ Task = Literal[
 ]
 PICTURES = ("init", "mask", "depth", "semantic_map", "variation")
 """Fields that hold a picture."""
+ENTRIES = {
+    "also": ("prompt", "weight"),
+    "lora": ("file", "weight"),
+    "control": ("file", "hint", "weight", "terms"),
+    "embedding": ("file", "name"),
+    "layout": ("class", "left", "top", "right", "bottom"),
+}
+"""What the entries of fields that hold several consist of."""
 OPTIONS = ("eta", "churn")
 """Fields that go to the sampler as they are."""
 
@@ -75,8 +85,14 @@ class Terms(BaseModel):
 
 
 OwnTerms = Annotated[Terms, BeforeValidator(lambda value: Terms(**value) if isinstance(value, dict) else value)]
+TAGS = ("<plain>", "<termed>")
+Plain = Annotated[tuple[Weights, Attached, Weight], Tag(TAGS[0])]
+Termed = Annotated[tuple[Weights, Attached, Weight, OwnTerms], Tag(TAGS[1])]
+Control = Annotated[
+    Plain | Termed, Discriminator(lambda entry: TAGS[isinstance(entry, list | tuple) and len(entry) > 3])
+]
 Controls = Annotated[
-    tuple[tuple[Weights, Attached, Weight] | tuple[Weights, Attached, Weight, OwnTerms], ...],
+    tuple[Control, ...],
     BeforeValidator(_pairs),
     Field(min_length=1, max_length=8),
 ]
@@ -191,7 +207,7 @@ def ask(**fields: Any) -> Request:
     try:
         return Request(**fields)
     except ValidationError as error:
-        raise invalid(error, "request", Request.model_fields, exit_code=2) from None
+        raise invalid(error, "request", Request.model_fields, 2, ENTRIES) from None
 
 
 TextToImage = partial(ask, task="text-to-image")

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from latentkit.checkpoints.adapters.survey import instead
 from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny
 from latentkit.checkpoints.detect import comparable
 from latentkit.checkpoints.files import Place, bring, find, load_autoencoder
@@ -18,6 +19,7 @@ from latentkit.model.presets import PRESETS
 from latentkit.nets.tiny import TinyAutoencoder
 from latentkit.nets.unet import UNetConfig
 
+WITH_ONE = ("an autoencoder alone", "a tiny autoencoder alone", "a whole model")
 UNSAID = "1"
 """Factor on the latents of an autoencoder that says none."""
 
@@ -29,7 +31,10 @@ def first_stage_for(path: str | Path, model: LatentDiffusion) -> FirstStage:
     there is none, or one of other latents or pictures.
     """
     path, own = Path(path), model.first_stage
-    stage = _first_stage(path)
+    try:
+        stage = _first_stage(path)
+    except InputError as error:
+        raise instead(error, path, "an autoencoder", *WITH_ONE) from None
     ours, theirs = _shape(own), _shape(stage)
     if own.autoencoder is None or stage.autoencoder is None or ours != theirs:
         raise InputError(f"{path}: its autoencoder makes {theirs}; the model draws {ours}")
@@ -63,8 +68,6 @@ def _first_stage(path: Path) -> FirstStage:
         return read_tiny(path)
     if (stage := lone_first_stage(path)) is not None:
         return stage
-    if lone_part(path) is not None:
-        raise InputError(f"{path} is a U-Net alone, and no autoencoder; convert takes it with --unet", exit_code=2)
     if layout_of(path) == "latentkit":
         return load_autoencoder(find(path), dtype=None)
     return open_model(path).model.first_stage
@@ -92,7 +95,7 @@ def with_part(model: LatentDiffusion, path: Path, kind: Literal["vae", "unet"]) 
         return model.with_first_stage(first_stage_for(path, model))
     lone = None if is_tiny(path) else lone_part(path)
     if lone is None or not isinstance(lone.config, UNetConfig):
-        raise InputError(f"{path} is no U-Net alone; `latentkit inspect` says what it is", exit_code=2)
+        raise instead(InputError(f"{path}: is no U-Net alone", exit_code=2), path, "a U-Net alone")
     lone.complaints.refuse(str(path))
     made = built(_with_network(model.architecture, lone, path), model.state(), str(path))
     state = model.state_dict()

@@ -8,7 +8,7 @@ or called.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +24,7 @@ from latentkit.checkpoints.names.rename import finite
 from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.checkpoints.storage.mapping import let_go
 from latentkit.errors import InputError, nearest, wording
-from latentkit.model.first_stage import KINDS, FirstStage, FirstStageConfig
+from latentkit.model.first_stage import FirstStage, FirstStageConfig
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion, fit_network
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.tiny import TinyConfig
@@ -68,15 +68,30 @@ class _Document(BaseModel):
     provenance: dict[str, Any]
 
 
-def invalid(error: ValidationError, what: str, allowed: Iterable[str] = (), exit_code: int = 1) -> InputError:
-    """The first lines of a pydantic error as an `InputError` about `what`; unknown names get the nearest `allowed`."""
+def invalid(
+    error: ValidationError,
+    what: str,
+    allowed: Iterable[str] = (),
+    exit_code: int = 1,
+    parts: Mapping[str, tuple[str, ...]] = {},
+) -> InputError:
+    """The first lines of a pydantic error as an `InputError` about `what`; unknown names get the nearest `allowed`.
+
+    `parts` are what the entries of a field consist of.
+    """
     lines = []
     for entry in error.errors(include_url=False)[:4]:
-        place = ".".join(str(part) for part in entry["loc"] if part not in KINDS) or "it"
+        loc = [part for part in entry["loc"] if not str(part).startswith("<")]  # tags of kinds
+        place = ".".join(map(str, loc))
+        if len(loc) > 2 and loc[0] in parts and isinstance(loc[2], int):
+            named = [parts[str(loc[0])][loc[2]], *map(str, loc[3:])]
+            place = f"{' '.join(named)} of {loc[0]} {int(loc[1]) + 1}"
         if entry["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-            lines.append(f"{place!r} is unknown" + (f"; {nearest(place, allowed)}" if allowed else ""))
+            lines.append(
+                f"{place!r} is unknown" + (f"; {nearest(place, allowed)}" if allowed and len(loc) == 1 else "")
+            )
         else:
-            lines.append(f"{place}: {wording(entry)}")
+            lines.append(f"{place}: {wording(entry)}" if place else wording(entry))
     return InputError(f"{what}: " + "; ".join(lines), exit_code=exit_code)
 
 
@@ -167,16 +182,23 @@ def load(
     and are in memory and on the device only while `generate` needs them.
     """
     from latentkit.checkpoints import layouts, probe  # they read our own files with what is here
+    from latentkit.checkpoints.adapters.survey import instead
     from latentkit.checkpoints.parts import Parts
 
     place = Place(torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")), dtype)
     foreign = Path(name)
     if str(name) in shipped() or not foreign.exists() or layouts.layout_of(foreign) == "latentkit":
-        path = find(name)
-        network, provenance = load_model(path, place.device, dtype, low_memory)
+        try:
+            path = find(name)
+            network, provenance = load_model(path, place.device, dtype, low_memory)
+        except InputError as error:
+            raise instead(error, foreign, "a whole model") from None
         stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
         return Model(network, provenance, stem, digest(path), place if low_memory else None)
-    network, provenance, _, certain = layouts.open_model(foreign)
+    try:
+        network, provenance, _, certain = layouts.open_model(foreign)
+    except InputError as error:
+        raise instead(error, foreign, "a whole model") from None
     with ThreadPoolExecutor(1) as beside:
         hashed = beside.submit(layouts.digest_of, foreign)
         for buffer in network.buffers():

@@ -63,6 +63,7 @@ def bake(model: Any, texts: list[str], dtype: Any) -> None:
     With `dtype` the weights are of that type before, so that what they are rounded to is what is written.
     """
     from latentkit.checkpoints.adapters.lora_files import read_lora
+    from latentkit.checkpoints.adapters.survey import instead
     from latentkit.nets.lora import Adapted
 
     adapters = []
@@ -72,7 +73,10 @@ def bake(model: Any, texts: list[str], dtype: Any) -> None:
             path, strength = (path, float(weight)) if path else (text, 1.0)
         except ValueError:
             path, strength = text, 1.0
-        adapters.append((read_lora(path, model).changes, strength))
+        try:
+            adapters.append((read_lora(path, model).changes, strength))
+        except InputError as error:
+            raise instead(error, Path(path), "a LoRA") from None
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

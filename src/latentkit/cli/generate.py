@@ -152,7 +152,7 @@ def generate(
         "guidance_rescale": guidance_rescale,
         "guidance_low": guidance_low,
         "guidance_high": guidance_high,
-        "guidance_model": Guide.read(guidance_model, low_memory=low_memory) if guidance_model else None,
+        "guidance_model": None if guidance_model is None else Guide.read(guidance_model, low_memory=low_memory),
         "pag_scale": pag,
         "threshold": threshold,
         "eta": eta,
@@ -172,7 +172,7 @@ def generate(
         "target_size": _extent(target_size),
         "aesthetic_score": aesthetic,
         "negative_aesthetic_score": negative_aesthetic,
-        "refiner": Guide.read(refiner, low_memory=low_memory) if refiner else None,
+        "refiner": None if refiner is None else Guide.read(refiner, low_memory=low_memory),
         "refiner_switch": refiner_switch,
         "clip_skip": clip_skip,
         "autoencoder": WeightsFile.read(located(vae)) if vae else None,
@@ -244,31 +244,67 @@ def _lora(text: str) -> list[object]:
     from latentkit.applications.attachment import WeightsFile
 
     path, weight = _weighted(text)
+    before, _, last = text.rpartition(":")
+    if path == text and before and not Path(text).exists() and Path(before).exists():
+        raise InputError(f"lora {text!r} is not FILE or FILE:WEIGHT: {last!r} is no number", exit_code=2)
     return [WeightsFile.read(str(path)), weight]
+
+
+TERMS = {"start": "0.1", "end": "0.6", "guess": None, "pooled": None, "kind": "canny"}
+"""What may follow a ControlNet, with an example of its value."""
 
 
 def _control(text: str) -> list[object]:
     """File, hint, weight and terms of "canny.safetensors:edges.png:0.8:end=0.6"."""
-    from latentkit.applications.attachment import Attachment, WeightsFile
+    from pydantic import ValidationError
 
-    parts, terms = text.split(":"), dict[str, object]()
-    while len(parts) > 1 and parts[-1].partition("=")[0] in ("start", "end", "guess", "pooled", "kind"):
-        name, sign, value = parts.pop().partition("=")
+    from latentkit.applications.attachment import Attachment, WeightsFile
+    from latentkit.applications.request import Terms
+    from latentkit.checkpoints.files import invalid
+    from latentkit.errors import nearest
+
+    parts, terms, weights = text.split(":"), dict[str, object](), list[object]()
+    while len(parts) > 1:
+        name, sign, value = parts[-1].partition("=")
         if name in terms:
             raise InputError(f"control {text!r} says {name} twice; once is enough", exit_code=2)
-        if sign and name in ("guess", "pooled"):
+        if name in TERMS:
+            terms[name] = _term(text, name, value if sign else None)
+        elif sign and name.isidentifier() and len(parts) > 2:
+            raise InputError(f"control {text!r}: term {name!r} is unknown; {nearest(name, TERMS)}", exit_code=2)
+        elif len(parts) > 2 and _weighted(f"x:{parts[-1]}")[0] == "x":
+            if weights:
+                raise InputError(f"control {text!r} says two weights; one is enough", exit_code=2)
+            weights = _weighted(f"x:{parts[-1]}")[1:]
+        else:
+            break
+        parts.pop()
+    path, hint = ":".join(parts[:-1]), parts[-1]
+    if not path or not hint:
+        raise InputError(f"control {text!r} is not FILE:HINT.png or FILE:HINT.png:WEIGHT", exit_code=2)
+    if len(parts) > 2 and not Path(path).exists():
+        raise InputError(f"control {text!r}: {hint!r} is neither a weight nor one of {', '.join(TERMS)}", exit_code=2)
+    try:
+        Terms.model_validate(terms)
+    except ValidationError as error:
+        raise invalid(error, f"control {text!r}", exit_code=2) from None
+    return [WeightsFile.read(path), Attachment.read(hint), *(weights or [1.0]), *([terms] if terms else [])]
+
+
+def _term(text: str, name: str, value: str | None) -> object:
+    """The value of a term; None: it has none."""
+    if TERMS[name] is None:
+        if value is not None:
             raise InputError(
                 f"control {text!r}: {name} takes no value; leave it out where it is not wanted", exit_code=2
             )
-        try:
-            terms[name] = float(value) if name in ("start", "end") else value if name == "kind" else True
-        except ValueError:
-            raise InputError(f"control {text!r} has {name} {value!r}, which is no number", exit_code=2) from None
-    both, weight = _weighted(":".join(parts))
-    path, _, hint = str(both).rpartition(":")
-    if not path or not hint:
-        raise InputError(f"control {text!r} is not FILE:HINT.png or FILE:HINT.png:WEIGHT", exit_code=2)
-    return [WeightsFile.read(path), Attachment.read(hint), weight, *([terms] if terms else [])]
+        return True
+    if not value:
+        raise InputError(f"control {text!r}: {name} needs a value, such as {name}={TERMS[name]}", exit_code=2)
+    try:
+        return value if name == "kind" else float(value)
+    except ValueError:
+        raise InputError(f"control {text!r} has {name} {value!r}, which is no number", exit_code=2) from None
 
 
 def _weighted(text: str) -> list[object]:

@@ -11,12 +11,18 @@ def inspect(
     json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
 ) -> None:
     """Say what a model file is, what it holds, and what is wrong with it."""
+    from latentkit.checkpoints.adapters.survey import instead
+    from latentkit.checkpoints.exchange import WITH_ONE
     from latentkit.checkpoints.layouts import report
     from latentkit.cli.adapters import inspected
+    from latentkit.errors import InputError
 
     if inspected(located(path), json):
         return
-    found = report(located(path))
+    try:
+        found = report(located(path))
+    except InputError as error:
+        raise instead(error, path, "a whole model", *WITH_ONE) from None
     if json:
         import json as writer
 
@@ -28,11 +34,12 @@ def inspect(
 
 
 def located(path: Path) -> Path:
-    """A diffusers folder as it is, else what the name means wherever a model is named."""
+    """A diffusers folder, or a LoRA's, as it is, else what the name means wherever a model is named."""
+    from latentkit.checkpoints.adapters.survey import kind_of
     from latentkit.checkpoints.files import find
 
     foreign = any((path / name).exists() for name in ("model_index.json", "config.json"))
-    return path if foreign else find(path)
+    return path if foreign or (path.is_dir() and kind_of(path)) else find(path)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

@@ -16,7 +16,8 @@ from latentkit.nets.bottleneck import Posterior, posterior
 from latentkit.nets.strips import Strips
 from latentkit.nets.tiny import TinyAutoencoder, TinyConfig
 
-KINDS = ("autoencoder", "tiny")
+KINDS = ("<autoencoder>", "<tiny>")
+"""No names of fields, so that what says where a value is wrong can leave them out."""
 
 
 def _kind(value: Any) -> str:

@@ -12,6 +12,7 @@ from latentkit.applications.request import Request, known, models_of
 from latentkit.checkpoints.adapters.control_files import read_control
 from latentkit.checkpoints.adapters.inversions import Inversion, read_inversion
 from latentkit.checkpoints.adapters.lora_files import read_lora
+from latentkit.checkpoints.adapters.survey import instead
 from latentkit.checkpoints.exchange import first_stage_for
 from latentkit.diffusion.samplers.driver import Denoise, Denoised
 from latentkit.errors import InputError
@@ -71,7 +72,10 @@ def _read(field: str, file: WeightsFile, network: LatentDiffusion, held: dict[st
             raise InputError(
                 f"the request needs {missing}; give its file (--{OPTIONS.get(field, field)} FILE)", exit_code=2
             )
-        held[key] = reader(file.path, network)
+        try:
+            held[key] = reader(file.path, network)
+        except InputError as error:
+            raise error if field == "autoencoder" else instead(error, file.path, f"a {kind}") from None
     return WeightsFile(file.digest, file.path, held[key])
 
 

@@ -113,6 +113,8 @@ def layout_of(tensors: Mapping[str, Tensor]) -> Layout | None:
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors without `PREFIX`, and the fields that leave no trace in them."""
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path}: is no ControlNet: diffusers' folder of one has a config.json beside its weights")
         said = read_json(path / "config.json")
         tensors = read_part(path)
     else:

@@ -5,14 +5,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from latentkit.checkpoints.adapters.lora_names import KOHYA, layers, layers_of, place, stranger
 from latentkit.checkpoints.names.rename import FLOATING, listed
-from latentkit.checkpoints.storage.archive import read_archive
+from latentkit.checkpoints.storage.archive import read_archive, read_json
 from latentkit.checkpoints.storage.tensors import write_tensors
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -22,6 +22,10 @@ Layout = Literal["kohya", "diffusers", "ldm"]
 """kohya's names of tensors with diffusers' of layers, diffusers' own, or kohya's with the released code's of layers."""
 
 SECOND = {"second up", "second down"}
+NAMES = ("pytorch_lora_weights", "adapter_model")
+"""What a LoRA's file in a folder is called by diffusers and by peft."""
+TERMS = "adapter_config.json"
+"""Where peft keeps what it does not write into the file."""
 
 
 class Lora(NamedTuple):
@@ -33,13 +37,15 @@ class Lora(NamedTuple):
 
 
 def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
-    """The LoRA in a file, for `model`, of whose weights the shapes alone count.
+    """The LoRA in a file, or alone in a folder, for `model`, of whose weights the shapes alone count.
 
     Errors: InputError names the layers that the model does not have, and what is missing, twice there, of the wrong
     shape or not finite.
     """
-    path = Path(path)
+    path = lora_file(Path(path))
     archive = read_archive(path)
+    if beside := _beside(path):
+        archive.metadata["lora_adapter_metadata"] = json.dumps(beside)
     found = layers(model)
     flat = {(part, layer.replace(".", "_")): ours for (part, layer), ours in found.items()}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -76,6 +82,26 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
         except InputError as error:
             raise InputError(f"{error} (there: {', '.join(sorted(keys[ours]))})") from error
     return Lora(path.stem, changes, archive.metadata)
+
+
+def lora_file(path: Path) -> Path:
+    """The file itself, or that of a folder as diffusers and peft lay it out; InputError where there is no such one."""
+    if not path.is_dir():
+        return path
+    known = [path / f"{name}{ending}" for name in NAMES for ending in (".safetensors", ".bin")]
+    found = [file for file in known if file.is_file()][:1] or sorted(path.glob("*.safetensors"))
+    if len(found) != 1:
+        raise InputError(f"{path}: is a folder with {len(found)} .safetensors files; a LoRA's has one", exit_code=2)
+    return found[0]
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """What peft says of a U-Net's adapter beside it."""
+    config = path.with_name(TERMS)
+    if path.stem != NAMES[1] or not config.is_file():
+        return {}
+    said = read_json(config)
+    return {f"unet.{name}": value for name, value in ({"lora_alpha": said.get("alpha")} | said).items()}
 
 
 def _alpha(metadata: Mapping[str, str], part: str, layer: str) -> float | None:

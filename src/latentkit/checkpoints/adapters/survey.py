@@ -1,5 +1,9 @@
-"""What an adapter file is, which family of models it is for, and how it is written in another layout, with proof."""
+"""What an adapter file is, which family of models it is for, and how it is written in another layout, with proof.
 
+And what any file holds that was given for another.
+"""
+
+import json
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
@@ -11,9 +15,13 @@ import torch
 from latentkit.checkpoints.adapters.control_files import layout_of, open_control, refuse, write_control
 from latentkit.checkpoints.adapters.controlnet_names import PREFIX
 from latentkit.checkpoints.adapters.inversions import read_inversion
-from latentkit.checkpoints.adapters.lora_files import Lora, read_lora, write_lora
+from latentkit.checkpoints.adapters.lora_files import NAMES, Lora, read_lora, write_lora
 from latentkit.checkpoints.adapters.lora_names import place, stranger
+from latentkit.checkpoints.adapters.tiny_files import is_tiny
+from latentkit.checkpoints.diffusers_folder import is_folder
 from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.lone import lone_part
+from latentkit.checkpoints.names.ldm_names import UNET
 from latentkit.checkpoints.storage.archive import read_archive, read_json
 from latentkit.errors import InputError, nearest
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -44,7 +52,9 @@ def kind_of(path: Path) -> Kind | None:
         if path.is_dir():
             config = path / "config.json"
             said = str(read_json(config).get("_class_name")) if config.exists() else ""
-            return "ControlNet" if said.startswith("ControlNet") else None
+            if said.startswith("ControlNet"):
+                return "ControlNet"
+            return "LoRA" if any(file.stem in NAMES for file in path.iterdir()) else None
         tensors = read_archive(path).tensors
     except InputError:
         return None
@@ -58,6 +68,35 @@ def kind_of(path: Path) -> Kind | None:
     if alone or named or any(name.startswith("string_to_param.") for name in tensors):
         return "textual inversion"
     return None
+
+
+def holding(path: Path) -> str | None:
+    """What a file or folder holds, in words; None for what is not known, unreadable ones too."""
+    try:
+        if (kind := kind_of(path)) is not None:
+            return f"a {kind}"
+        if is_folder(path):
+            return "a whole model"
+        if is_tiny(path):
+            return "a tiny autoencoder alone"
+        if (lone := lone_part(path)) is not None:
+            return f"{'an autoencoder' if lone.part == 'first stage' else 'a U-Net'} alone"
+        if path.is_dir():
+            said = read_json(path / "config.json")
+            return f"a {str(said.get('_class_name') or said['architectures'][0])[:80]}"
+        archive = read_archive(path)
+        own = json.loads(archive.metadata.get("latentkit", "{}")).get("kind")
+        if own == "autoencoder":
+            return "an autoencoder alone"
+        return "a whole model" if own or any(name.startswith(UNET) for name in archive.tensors) else None
+    except (InputError, ValueError, AttributeError, LookupError, TypeError, OSError):
+        return None
+
+
+def instead(error: InputError, path: Path, *wanted: str) -> InputError:
+    """What is to be said where what is `wanted` (the first, or others that will do) was not found at `path`."""
+    found = holding(path)
+    return error if found in (None, *wanted) else InputError(f"{path} is {found}; wanted is {wanted[0]}", exit_code=2)
 
 
 def bases() -> Iterator[tuple[str, LatentDiffusion]]:
@@ -108,7 +147,8 @@ def _fits_none(path: Path, complaints: dict[str, str]) -> str:
     title, why = min(complaints.items(), key=lambda item: len(item[1]))
     if len(set(complaints.values())) == 1:
         return f"{path}: {why}"
-    return f"{path}: fits no known family ({', '.join(FAMILIES)}); give its model with --base. As for {title}: {why}"
+    what = f"{path}: fits no known family ({', '.join(FAMILIES)}); convert takes its model with --base"
+    return f"{what}. As for {title}: {why}"
 
 
 def report(path: Path, kind: Kind) -> dict[str, Any]:
