@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latentkit.model.presets import FIRST_STAGES
-from latentkit.training.recipe import AutoencoderRecipe, read_recipe
+from latentkit.training.recipe import AutoencoderRecipe, check_effect, read_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "first-stages"
 PUBLISHED = {  # steps of the README; start of the critic, its weight and layers
@@ -28,6 +28,7 @@ def test_every_recipe_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_first_stage_of_the_paper(name: str) -> None:
     recipe = read_recipe(str(FOLDER / f"{name}.yaml"), [])
+    check_effect(recipe)
     assert isinstance(recipe, AutoencoderRecipe)
     assert recipe.network == FIRST_STAGES[name]
     shown = recipe.data.transform

@@ -115,6 +115,61 @@ def write_recipe():
     Path("stageless.yaml").write_text("stag: autoencoder\n")
 
 
+RUNNING = "loss.codebook={running_mean: 0.9, codes: 1.0}"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["loss.codebook.revive=true"], "loss.codebook: the network has no codebook (network.codes); leave it out"),
+        (["network.levels=[8, 8, 8, 8]", "loss.codebook={}"], "loss.codebook: the network has no codebook"),
+        (["network.codes=8", "frozen_encoder=true", "start=x", "loss.codebook.codes=1"], "keeps the codebook; leave"),
+        (["network.codes=8", RUNNING], "loss.codebook.codes: running_mean moves the codes in its place; leave out one"),
+        (["network.variance=false", "loss.kl=1e-4"], "loss.kl: the network has no posterior; leave it out"),
+        (["frozen_encoder=true", "start=x", "loss.kl=1e-6"], "loss.kl: frozen_encoder keeps the posterior; leave it"),
+        (["loss={l1: 0, pyramid: 0, structure: 0, kl: 0.1}"], "loss: nothing compares pictures; give one of l1, l2, "),
+        (["loss={l1: 0, pyramid: 0, structure: 0, adversarial: {start: 1, weight: 0}}"], "nothing compares pictures"),
+    ],
+)
+def test_settings_that_change_nothing_are_refused(call, words, said):
+    write_recipe()
+    code, out, err = call("train", "recipe.yaml", *words)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert len(err.splitlines()) == 2
+    assert not Path("runs").exists()
+
+
+def test_a_recipe_with_its_defaults_written_out_is_taken(call):
+    """As a run keeps it."""
+    write_recipe()
+    changes = "schedule.steps=1", "network.variance=false", "schedule.sample_every=null"
+    assert call("train", "recipe.yaml", *changes)[0] == 0
+    assert "codebook" in Path("runs/small/recipe.yaml").read_text()
+    assert call("train", "runs/small/recipe.yaml", "--into", "again")[0] == 0
+    code, _, err = call("train", "runs/small/recipe.yaml", "loss.kl=1e-3", "--into", "third")
+    assert (code, "loss.kl: the network has no posterior" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["loss.kl=0", "network.variance=false"], ["network.codes=8", "loss.codebook={running_mean: 0.9, codes: 0}"]],
+)
+def test_what_is_off_may_be_said(call, words):
+    write_recipe()
+    assert call("train", "recipe.yaml", "schedule.steps=1", "schedule.sample_every=null", *words)[0] == 0
+
+
+def test_a_critic_that_comes_too_late_is_a_warning(call):
+    write_recipe()
+    critic = "network: {channels: 4, layers: 1}"
+    said = "loss.adversarial.start: the critic counts from step {}, after the last of this run\n"
+    for start, told in ((2, True), (1, False)):
+        words = f"loss.adversarial={{start: {start}, warmup: 0, {critic}}}", "schedule.steps=2", f"name=late{start}"
+        code, _, err = call("-q", "train", "recipe.yaml", *words)
+        assert (code, err) == (0, said.format(start) if told else "")
+
+
 def test_quiet_training_says_nothing_but_its_path(call):
     write_recipe()
     assert call("-q", "train", "recipe.yaml", "schedule.steps=2") == (0, "runs/small/model.safetensors\n", "")

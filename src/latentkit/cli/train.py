@@ -14,9 +14,11 @@ def train(
 ) -> None:
     """Train one stage by a recipe, or go on with a run that was stopped. Prints the model file's path."""
     from latentkit.applications.stages.train import train
-    from latentkit.training.recipe import read_recipe
+    from latentkit.training.recipe import check_effect, read_recipe
 
-    path = train(read_recipe(str(recipe), overrides or []), into)
+    read = read_recipe(str(recipe), overrides or [])
+    check_effect(read)
+    path = train(read, into)
     if int(os.environ.get("RANK", 0)) == 0:
         typer.echo(path)
 

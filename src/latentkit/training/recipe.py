@@ -18,8 +18,9 @@ from latentkit.nets.towers import TextEncoderConfig
 from latentkit.nets.unet import UNetConfig
 from latentkit.training.diffusion import DiffusionLoss
 from latentkit.training.ema import Averaging
-from latentkit.training.first_stage.autoencoder import ReconstructionLoss
+from latentkit.training.first_stage.autoencoder import DIFFERENCES, ReconstructionLoss
 from latentkit.training.optimizers import Optimiser
+from latentkit.training.run.progress import warn
 from latentkit.training.trainer import Schedule
 
 
@@ -187,6 +188,41 @@ def read_recipe(path: str, overrides: list[str]) -> AutoencoderRecipe | Diffusio
     for override in overrides:
         _override(values, override)
     return parse_recipe(values, f"recipe {path!r}")
+
+
+def check_effect(recipe: AutoencoderRecipe | DiffusionRecipe) -> None:
+    """InputError names settings of a first stage that would change nothing; a critic that comes too late is a warning.
+
+    A recipe that has every default written out, as runs keep theirs, is not asked about defaults.
+    """
+    if not isinstance(recipe, AutoencoderRecipe):
+        return
+    network, loss = recipe.network, recipe.loss
+    problems = []
+    if _said(loss, "codebook") and (recipe.frozen_encoder or not network.codes):
+        why = "frozen_encoder keeps the codebook" if network.codes else "the network has no codebook (network.codes)"
+        problems.append(f"loss.codebook: {why}; leave it out")
+    book = loss.codebook
+    if book.running_mean is not None and book.codes and _said(book, "codes"):
+        problems.append("loss.codebook.codes: running_mean moves the codes in its place; leave out one of them")
+    if loss.kl and _said(loss, "kl") and (recipe.frozen_encoder or not network.has_posterior):
+        why = "frozen_encoder keeps the posterior" if network.has_posterior else "the network has no posterior"
+        problems.append(f"loss.kl: {why}; leave it out")
+    critic = loss.adversarial
+    parts = [*(getattr(loss, name) for name in DIFFERENCES), loss.perceptual, critic and critic.weight]
+    if not any(parts):
+        problems.append(f"loss: nothing compares pictures; give one of {', '.join(DIFFERENCES)} a weight above 0")
+    if problems:
+        raise InputError("settings that change nothing:\n" + "\n".join(f"  {line}" for line in problems), exit_code=2)
+    if critic is not None and critic.start >= recipe.schedule.steps:
+        warn(f"loss.adversarial.start: the critic counts from step {critic.start}, after the last of this run")
+
+
+def _said(part: BaseModel, name: str) -> bool:
+    """Whether a key was set, and not only written out with all the others as it is by default."""
+    fields = type(part).model_fields
+    whole = part.model_fields_set == set(fields)
+    return name in part.model_fields_set and not (whole and getattr(part, name) == fields[name].default)
 
 
 def _override(values: dict[str, Any], override: str) -> None:
