@@ -16,8 +16,10 @@ from latentkit import cli
 from latentkit.checkpoints.files import save_autoencoder
 from latentkit.data.pictures import decode, tiff_of, to_png, to_tensor
 from latentkit.evaluation.reconstruction import psnr, reconstruct
+from latentkit.model import first_stage
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.autoencoder import AutoencoderConfig
+from latentkit.nets.strips import Strips
 
 Run = Callable[..., int]
 
@@ -104,6 +106,22 @@ def test_reconstruct_by_the_range_of_the_model(run: Run) -> None:
     found = tifffile.imread("out/scan-reconstruction.tiff")
     assert found.dtype == np.int16
     assert np.abs(found - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(
+    "words", [("evaluate", "first-stage", "pictures", "-n", "1"), ("reconstruct", "pictures/0.png")]
+)
+def test_on_little_memory_pictures_pass_in_strips(
+    words: tuple[str, ...], run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = []
+    monkeypatch.setattr(first_stage, "Strips", lambda *given: used.append(1) or Strips(*given))
+    said = []
+    for option in ([], ["--low-memory"]):
+        assert run(*words, *M, "--json", *option) == 0
+        said.append(json.loads(capsys.readouterr().out))
+        assert len(used) == 2 * len(option), "to encode and to decode"
+    assert said[0]["psnr"] == pytest.approx(said[1]["psnr"], abs=1e-3)
 
 
 def test_reconstruct_refuses(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,3 +127,32 @@ def test_large_pictures_pass_in_strips_with_the_same_values(monkeypatch: pytest.
         assert used[2] is not None
     stage.decode(whole)
     assert len(used) == 3, "with gradients the network is run whole"
+
+
+def test_an_accelerator_takes_pictures_whole_as_far_as_its_memory_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = FirstStage(AutoencoderConfig(channels=32, multipliers=(1, 2), blocks=1, latent_channels=3), 3).eval()
+    need = 3 * 16 * 24 * 64 * 4
+    monkeypatch.setattr(first_stage, "WHOLE_PIXELS", {})  # a CPU that counts as one
+    for free, count, whole in (
+        (2 * need, 1, True),
+        (2 * need - 2, 1, False),
+        (2 * need, 2, False),
+        (4 * need, 2, True),
+    ):
+        monkeypatch.setattr(first_stage, "free_memory", lambda device, free=free: free)
+        with torch.no_grad():
+            assert (stage._strips(16 * 24, count) is None) == whole
+            with stage.in_strips(False):
+                assert stage._strips(16 * 24, count) is None
+    monkeypatch.setattr(first_stage, "free_memory", lambda device: 1 << 60)
+    with torch.no_grad():
+        assert stage._strips(first_stage.WHOLE_ELSEWHERE + 1, 1) is not None
+
+
+def test_the_free_memory_of_a_device_is_asked_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert first_stage.free_memory(torch.device("cuda", 0)) == 1200
+    monkeypatch.setattr(os, "sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4}.get)
+    assert first_stage.free_memory(torch.device("cpu")) == 28

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from latentkit.cli.reconstruct import LowMemory
+
 app = typer.Typer(help="Measure a model.", no_args_is_help=True)
 
 
@@ -58,6 +60,7 @@ def first_stage(
         tuple[Path, Path] | None,
         typer.Option(metavar="TRUNK HEADS", help="Weights of VGG16 or AlexNet, and of LPIPS's layers for it."),
     ] = None,
+    low_memory: LowMemory = False,
     json: Annotated[bool, typer.Option("--json", help="Print everything that was found as JSON.")] = False,
 ) -> None:
     """Measure how well a first stage gives pictures back, each at its own size.
@@ -65,6 +68,7 @@ def first_stage(
     Do I need to train my own? Compare this on your pictures, of a model that you have and of one that you trained.
     """
     import logging
+    from contextlib import nullcontext
 
     from latentkit.data.source import open_source
     from latentkit.evaluation.first_stage import evaluate, lines, open_distance, open_first_stage
@@ -75,9 +79,10 @@ def first_stage(
     source = open_source(data, shown, opened.values)
     if distance is not None:
         distance = distance.to(opened.first_stage.latent_mean.device)
-    found = evaluate(
-        opened.first_stage, source, count=count or None, background=opened.background, lpips=distance, shown=shown
-    )
+    with opened.first_stage.in_strips() if low_memory else nullcontext():
+        found = evaluate(
+            opened.first_stage, source, count=count or None, background=opened.background, lpips=distance, shown=shown
+        )
     if json:
         import json as writer
 

@@ -7,6 +7,10 @@ import typer
 
 from latentkit.errors import InputError
 
+LowMemory = Annotated[
+    bool, typer.Option("--low-memory", help="Pass pictures of any size in strips: the same values on the least memory.")
+]
+
 
 def reconstruct(
     pictures: Annotated[list[Path], typer.Argument(help="Picture files, of any size.")],
@@ -18,6 +22,7 @@ def reconstruct(
     only: Annotated[
         bool, typer.Option("--only", help="Write the plain reconstruction, in the picture's own sample type.")
     ] = False,
+    low_memory: LowMemory = False,
     json: Annotated[bool, typer.Option("--json", help="Print a line of JSON per picture.")] = False,
 ) -> None:
     """Show pictures beside what a first stage gives back of them, and beside the errors.
@@ -25,6 +30,7 @@ def reconstruct(
     Prints each path and its PSNR; never writes over a file.
     """
     import logging
+    from contextlib import nullcontext
 
     from latentkit.cli.output import open_folder, write_new
     from latentkit.data.pictures import decode, to_tensor
@@ -43,7 +49,8 @@ def reconstruct(
     for path in track(pictures, len(pictures), "reconstructing", shown):
         source = decode(path.read_bytes(), str(path), opened.values)
         original = to_tensor(source, opened.first_stage.picture_channels, opened.background)
-        other = passed(opened.first_stage, original).picture
+        with opened.first_stage.in_strips() if low_memory else nullcontext():
+            other = passed(opened.first_stage, original).picture
         if only:
             tiff = path.suffix.lower() in (".tif", ".tiff")
             suffix, data = as_stored(other, source, opened.values, tiff)

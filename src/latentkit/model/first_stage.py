@@ -34,7 +34,15 @@ WHOLE_PIXELS = {"cpu": 1 << 17}
 """Pixels of a picture up to which it passes the autoencoder whole; in strips it takes half the memory, and on a CPU
 hardly more time."""
 WHOLE_ELSEWHERE = 1 << 22
-"""Of other devices, where what lies between the strips would go to the host and back: 2048 x 2048."""
+"""Of other devices, where what lies between the strips would go to the host and back: 2048 x 2048, if they fit."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device (of one that is no CUDA device, and of "cpu", on the host)."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class FirstStage(nn.Module):
@@ -74,7 +82,7 @@ class FirstStage(nn.Module):
         """Mean and log-variance of the raw posterior, `b 2c h/f w/f`, float32 (identity: the pixels, no variance)."""
         if self.autoencoder is None:
             return torch.cat([pixels, torch.full_like(pixels, -30.0)], dim=1).float()
-        strips = self._strips(pixels[0, 0].numel())
+        strips = self._strips(pixels[0, 0].numel(), len(pixels))
         found: Posterior = (strips or self.autoencoder).encode(pixels.to(self.dtype))
         return torch.cat(found, dim=1).to(self.latent_mean.device)
 
@@ -98,7 +106,7 @@ class FirstStage(nn.Module):
         raw = z.float() * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
         if self.autoencoder is None:
             return raw
-        strips = self._strips(raw[0, 0].numel() * self.downsampling**2)
+        strips = self._strips(raw[0, 0].numel() * self.downsampling**2, len(raw))
         return (strips or self.autoencoder).decode(raw.to(self.dtype)).float().to(raw.device)
 
     @contextmanager
@@ -113,18 +121,23 @@ class FirstStage(nn.Module):
         finally:
             self._in_strips = before
 
-    def _strips(self, pixels: int) -> Strips | None:
-        """What pictures of so many pixels pass instead of the whole network, if that is many: the values are the same.
+    def _strips(self, pixels: int, count: int) -> Strips | None:
+        """What `count` pictures of so many pixels pass instead of the whole network, if they are large: values stay.
 
-        What lies between the segments goes to files where it would fill more than half of the free memory.
+        Large is also what would fill more than half of the free memory of a device that is no CPU. What lies between
+        the segments goes to files where it would fill more than half of the host's.
         """
         network = self.autoencoder
         if not isinstance(network, Autoencoder) or torch.is_grad_enabled():
             return None
-        usual = WHOLE_PIXELS.get(network.from_latent.weight.device.type, WHOLE_ELSEWHERE)
+        device, config = network.from_latent.weight.device, network.config
+        widths = config.multipliers[1:] + config.multipliers[-1:]  # of what each level of the decoder begins with
+        widest = max(config.channels * m / 4**level for level, m in enumerate(widths)) / config.stem**2
+        between = round(3 * pixels * widest * self.dtype.itemsize)  # as much as the whole network takes at its peak
+        usual = WHOLE_PIXELS.get(device.type, WHOLE_ELSEWHERE)
+        if device.type not in WHOLE_PIXELS and count * between > free_memory(device) // 2:
+            usual = 0
         if pixels <= {None: usual, True: 0, False: WHOLE_ELSEWHERE}[self._in_strips]:
             return None
-        widest = max(network.config.channels * m for m in network.config.multipliers) * self.dtype.itemsize
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        between = 3 * pixels * widest // network.config.stem**2
-        return Strips(network, tempfile.gettempdir() if between > free // 2 else None)
+        spill = between > free_memory(torch.device("cpu")) // 2
+        return Strips(network, tempfile.gettempdir() if spill else None)
