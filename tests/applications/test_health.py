@@ -79,6 +79,28 @@ def test_a_finished_run(run: Path) -> None:
     assert write_health(run, False).read_text() == text
 
 
+def test_every_part_of_the_loss_has_a_curve(trained: Path, pictures: Path, tmp_path: Path) -> None:
+    """Those that may be negative too."""
+    parts = dict.fromkeys(("l1", "l2", "pyramid", "structure", "wavelet", "frequency", "equivariance"), 0.1)
+    critic = recipe(pictures).loss.adversarial
+    assert critic is not None
+    own = {"network": "own", "steps": 1}
+    loss = parts | {"output_variance": True, "perceptual": own, "adversarial": critic.model_dump()}
+    train(
+        recipe(pictures, loss=loss, schedule=recipe(pictures).schedule.model_dump() | {"steps": 12}), tmp_path / "run"
+    )
+    text = write_health(tmp_path / "run", False).read_text()
+    for name in (*parts, "perceptual", "codes", "commitment", "critic&#x27;s verdict", "log of the output variance"):
+        assert f"</span> {name} <b>" in text, name
+    known: dict[str, list[tuple[float, float]]] = {
+        "loss": [(1, 0.5), (2, -0.5)],
+        "log_variance": [(1, -1.0), (2, -2.0)],
+    }
+    (_, drawn) = health._learning(recipe(pictures), known)[1]
+    assert "<b>-0.5</b>" in drawn
+    assert "<b>-2</b>" in drawn
+
+
 def test_a_run_under_way(run: Path) -> None:
     """The averaged weights of the newest checkpoint are those that a finished model gets."""
     finished = load_autoencoder(run / "model.safetensors")

@@ -9,7 +9,10 @@ from typing import NamedTuple
 Points = Sequence[tuple[float, float]]
 
 # Ordered hues that stay apart on white and on black, also for most colour-blind readers.
-COLOURS = ("#2a78d6", "#1baa7a", "#c98500", "#d8572a", "#8a5cd0", "#5f6b7a")
+COLOURS = (
+    "#2a78d6", "#1baa7a", "#c98500", "#d8572a", "#8a5cd0", "#5f6b7a",
+    "#c2407a", "#2f9fb5", "#7f8f12", "#8f5a3c", "#b08fe0", "#e08a8a",
+)  # fmt: skip
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP, RIGHT = 560, 260, 58, 34, 12, 14
 MOST_POINTS = 400  # a curve; more are averaged
 

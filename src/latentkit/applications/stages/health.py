@@ -24,6 +24,7 @@ from latentkit.evaluation.metrics.similarity import ssim
 from latentkit.evaluation.reconstruction import psnr, reconstruct
 from latentkit.evaluation.report import Figure
 from latentkit.model.first_stage import FirstStage
+from latentkit.training.first_stage.autoencoder import DIFFERENCES
 from latentkit.training.recipe import AutoencoderRecipe, read_recipe, resolved
 from latentkit.training.run.store import Damaged, FileCalls, Store, replace_file
 
@@ -310,11 +311,14 @@ def _learning(recipe: AutoencoderRecipe, known: Curves) -> list[tuple[str, str]]
         for title, name in (("LPIPS", "validation/lpips"), (f"Frechet distance by {NETWORK}", "validation/frechet"))
         if _curve(known, name)
     ]
-    parts = {"l1", "l2", "pyramid", "structure", "wavelet", "frequency", "perceptual", "kl", "commitment"}
+    parts = ("codes", "commitment", "equivariance", "kl", "perceptual", *DIFFERENCES)
     losses = chart("parts of the loss", {name: name for name in sorted(parts) if _curve(known, name)}, log=True)
+    signed = {"critic's verdict": "verdict", "log of the output variance": "log_variance"}
+    signs = {label: name for label, name in signed.items() if _curve(known, name)}
+    whole = chart("loss", {"loss": "loss"}, log=all(value > 0 for _, value in _curve(known, "loss")))
     sections = [
         ("Quality", report.beside(quality, structure, *distances)),
-        ("Losses", report.beside(chart("loss", {"loss": "loss"}, log=True), losses)),
+        ("Losses", report.beside(whole, losses, chart("parts of either sign", signs) if signs else "")),
     ]
     if recipe.loss.adversarial is not None:
         start = (
