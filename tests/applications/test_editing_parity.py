@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from latentkit.applications.attachment import Attachment, WeightsFile
@@ -17,12 +18,14 @@ from latentkit.applications.request import Inpainting, Request, TextToImage
 from latentkit.applications.tasks import upscale
 from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.diffusers_folder import write_folder
-from latentkit.checkpoints.files import Model
+from latentkit.checkpoints.files import Model, load
+from latentkit.checkpoints.ldm_file import write_single
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
+from latentkit.model.presets import PRESETS, Preset
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.clip import ClipTextConfig
 from latentkit.nets.lora import Change
@@ -195,11 +198,33 @@ def test_a_lora_on_network_and_text_tower(tmp_path: Path) -> None:
     assert (plain - other[0]).abs().max() > 0.05
 
 
+def opened(form: str, folder: Path, model: Model, scale: float) -> Model:
+    """The same model from diffusers' folder, or from a single file of the released layout.
+
+    The file is what `convert --to ldm` writes (whose names are proven in tests/checkpoints), without its description:
+    it says what it predicts, as released ones may, and is known by its shapes.
+    """
+    if form == "folder":
+        return load(folder, "cpu")
+    file, architecture = folder.with_suffix(".safetensors"), model.network.architecture
+    write_single(file, model.network, "single")
+    save_file(load_file(file), file, {"modelspec.prediction_type": "epsilon"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS, "tiny", Preset(architecture, scale))
+        found = load(file, "cpu")
+    assert found.network.architecture == architecture
+    return found
+
+
+FORMS = ["folder", "single file"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_depth(kind: str, tmp_path: Path) -> None:
+def test_depth(kind: str, form: str, tmp_path: Path) -> None:
     import diffusers
 
-    model = made(tmp_path / "saved", 1)
+    model = opened(form, tmp_path / "saved", made(tmp_path / "saved", 1), 0.18215)
     parts = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None).components
     kept = {name: parts[name] for name in (*PARTS, "feature_extractor")}
     pipe: Any = diffusers.StableDiffusionDepth2ImgPipeline(**kept, depth_estimator=None)
@@ -221,12 +246,14 @@ def _from_the_mean(pipe: Any, image: Tensor, timestep: Any, *told: Any, **how: A
     return start
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_upscaling(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upscaling(kind: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers
 
     stage = replace(KL, multipliers=(1, 1, 1))
     model = made(tmp_path / "saved", 3, stage, numbers=UPSCALER_NUMBERS)
+    model = opened(form, tmp_path / "saved", model, 0.08333)
     parts = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved", safety_checker=None).components
     kept = {name: parts[name] for name in PARTS}
     low = diffusers.DDPMScheduler(**{name: value for name, value in NOISE.items() if name != "steps_offset"})

@@ -27,7 +27,9 @@ import latentkit
 from latentkit.applications import plan
 from latentkit.applications.attachment import Attachment, Guide, WeightsFile
 from latentkit.checkpoints.diffusers_folder import write_folder
+from latentkit.data.pictures import to_tensor
 from latentkit.diffusion import noise
+from latentkit.model.conditioners.image import prepared
 
 pytestmark = pytest.mark.parity
 EULER = (
@@ -191,6 +193,30 @@ def seeing(projection: int) -> dict[str, Any]:
     }
 
 
+def sees_alike(pipe: Any, model: latentkit.Model, folder: Path) -> None:
+    """What the picture becomes before the U-Net is told it, by the file's pixels, the preparation and the tower.
+
+    A picture that is not scaled agrees to 1e-5. One that is scaled is rounded to 256 values by the peer, between its
+    two passes too, and not here: then the towers agree on the peer's pixels.
+    """
+    conditioner: Any = model.network.conditioners["image"]
+    for number, (height, width) in enumerate(((28, 28), (28, 41), (39, 28), (61, 45), (20, 33))):
+        scaled = 28 not in (height, width)
+        cells = np.random.default_rng(number).integers(64, 192, (height, width, 3), np.uint8)
+        Image.fromarray(cells).save(folder / "seen.png")
+        read = Attachment.read(folder / "seen.png").picture
+        assert read is not None
+        mine = prepared(to_tensor(read, 3), conditioner.config.tower.size)
+        pixels = pipe.feature_extractor(Image.fromarray(cells), return_tensors="pt").pixel_values
+        with torch.no_grad():
+            there = pipe.image_encoder(pixels).image_embeds
+            both = conditioner.tower(mine[None]), conditioner.tower(pixels)
+        whole, tower = ((one - there).abs().max() / there.std() for one in both)
+        assert tower < 1e-5
+        assert (mine - pixels[0]).abs().max() < (1.5 / 255 / 0.26 if scaled else 1e-5)
+        assert whole < (0.05 if scaled else 1e-5)
+
+
 @pytest.mark.parametrize("level", [0, 600])
 def test_variations_by_unclip(level: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import diffusers as untyped
@@ -208,6 +234,7 @@ def test_variations_by_unclip(level: int, tmp_path: Path, monkeypatch: pytest.Mo
         image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
     )  # fmt: skip
     model = saved(pipe, tmp_path)
+    sees_alike(pipe, model, tmp_path)
     noise = torch.randn((1, 16), generator=torch.Generator("cpu").manual_seed(SEED))
     monkeypatch.setattr(plan, "keyed_normal", lambda shape, *key: noise)
     image = picture(tmp_path / "seen.png", 28)
@@ -230,6 +257,7 @@ def test_image_variations(tmp_path: Path) -> None:
     kind = diffusers.StableDiffusionImageVariationPipeline
     pipe = kind(**kept, **seeing(32), safety_checker=None, requires_safety_checker=False)
     model = saved(pipe, tmp_path)
+    sees_alike(pipe, model, tmp_path)
     image = picture(tmp_path / "seen.png", 28)
     fields = {**FIELDS, **scheduler(pipe, "DDIM"), "prompt": None, "negative": ""}
     mine = ours(model, latentkit.Request(**fields, variation=Attachment.read(tmp_path / "seen.png")))

@@ -106,6 +106,28 @@ def test_text_to_image(kind: str, negative: str, second: Second) -> None:
         agree(ours(model, latentkit.TextToImage(**fields, negative=negative)), there)
 
 
+def test_a_multistep_sampler_from_pure_noise_differs_where_it_is_said_to(second: Second) -> None:
+    """DPM++(2M) of a zero-terminal schedule: the peer's convention, as it is, draws other pictures.
+
+    Its last alpha_bar is 2^-24 where it should be 0, a sigma of 4096 (ours: `SIGMA_CAP`); and its second step corrects
+    by the estimate at that sigma, over an interval whose length in log-sigma is that arbitrary number's, so that the
+    picture depends on it. Ours begins the history behind it. Only both make the two programs equal.
+    """
+    if "rescale_betas_zero_snr" not in second.says:
+        pytest.skip("other schedules begin at finite noise, and are equal as they are")
+    apart = []
+    for sigma, history in ((False, False), (True, False), (False, True), (True, True)):
+        fields = second.scheduled("DPM++(2M)")
+        if sigma:
+            second.pipe.scheduler.alphas_cumprod[-1] = 1 / SIGMA_CAP**2
+        more: dict[str, Any] = {"callback_on_step_end": begin_anew} if history else {}
+        there = theirs(second.pipe, **ASKED, **more, height=SIZE, width=SIZE)[0]
+        mine = ours(second.models[0], latentkit.TextToImage(**fields))[0]
+        apart.append(float((mine - there).abs().max() / there.std()))
+    assert apart[3] < 1e-4 < min(apart[:3])
+    assert apart[0] > 1e-3
+
+
 @pytest.mark.parametrize("kind", SCHEDULERS)
 def test_image_to_image(kind: str, second: Second, tmp_path: Path) -> None:
     """The peer is given the mean of the encoder's distribution, from which ours starts."""
