@@ -137,10 +137,18 @@ def test_a_fit_and_what_is_no_run(run: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
     shutil.copytree(run, whole / "autoencoder")
     assert write_health(whole, False) == whole / "autoencoder" / "health.html"
-    with pytest.raises(InputError, match=r"holds no recipe\.yaml"):
-        write_health(tmp_path, False)
-    with pytest.raises(InputError, match="is no folder"):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"holds no recipe\.yaml; name the folder of a run"):
+        write_health(tmp_path / "empty", False)
+    with pytest.raises(InputError, match=r"absent is no folder$"):
         write_health(tmp_path / "absent", False)
+    shutil.copytree(whole / "autoencoder", tmp_path / "table" / "kl-f2")
+    (tmp_path / "table" / "plan.yaml").touch()
+    with pytest.raises(InputError, match=r"table is no run, and holds 1; name one: .*table/kl-f2$"):
+        write_health(tmp_path / "table", False)
+    shutil.copytree(whole / "autoencoder", run / "perceptual")
+    with pytest.raises(InputError, match=r"own network; name the run it is in: .*run$"):
+        write_health(run / "perceptual", False)
     second = {
         "stage": "diffusion",
         "name": "b",

@@ -99,12 +99,27 @@ def _network(path: Path) -> Autoencoder:
     return found
 
 
+WITHOUT_WEIGHTS = (
+    r"loss\.perceptual\.weights: no file 'a'; it is torchvision's vgg16, vgg16-397923af\.pth of .*which you bring\. "
+    r"To train without: loss\.perceptual='\{network: own\}'"
+)
+
+
 def test_what_does_not_fit_is_refused(pictures: Path, plain: Path, tmp_path: Path) -> None:
     network = {"channels": 8, "multipliers": [1, 1], "blocks": 1, "attention": False}
+    known = {"perceptual": {"network": "vgg16", "weights": str(plain), "heads": "b"}}
     for asked, message in (
-        (recipe(pictures, start=str(plain), network=network), r"holds an autoencoder of .*multipliers=\(1, 2\)"),
+        (
+            recipe(pictures, start=str(plain), network=network),
+            r"holds another autoencoder \(there -> in the recipe\):\n  network\.multipliers: \(1, 2\) -> \(1, 1\)$",
+        ),
+        (recipe(pictures, start=str(plain), network={"blocks": [1, 1]}), r"\n  network\.blocks: 1 -> \(1, 1\)\n"),
+        (
+            recipe(pictures, loss=known),
+            r"loss\.perceptual\.heads: no file 'b'; it is LPIPS's layers.* vgg\.pth of",
+        ),
         (recipe(pictures, start="nothing.safetensors"), "nothing.safetensors"),
-        (recipe(pictures, loss={"perceptual": {"network": "vgg16", "weights": "a", "heads": "b"}}), "no file 'a'"),
+        (recipe(pictures, loss={"perceptual": {"network": "vgg16", "weights": "a", "heads": "b"}}), WITHOUT_WEIGHTS),
         (recipe(pictures, loss={"adversarial": {"start": 2}}), "at least 24 px a side; the smallest here are 16"),
     ):
         with pytest.raises(InputError, match=message):
@@ -158,7 +173,9 @@ def test_known_weights_are_read_from_files(pictures: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="no file"):
         read_tensors(tmp_path / "none.pth")
     (tmp_path / "text.pth").write_text("not weights")
-    with pytest.raises(InputError, match=r"text\.pth cannot be read as weights"):
+    with pytest.raises(
+        InputError, match=r"text\.pth cannot be read as weights; give a state dict as torch\.save writes it"
+    ):
         read_tensors(tmp_path / "text.pth")
     torch.save({"a": 3}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="something other than named tensors"):

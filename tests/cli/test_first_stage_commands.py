@@ -71,6 +71,23 @@ def test_evaluate_first_stage_refuses(run: Run, capsys: pytest.CaptureFixture[st
     assert run("evaluate", "first-stage", "pictures", "-m", "absent") == 2
     assert run("evaluate", "first-stage", "pictures", *M, "--lpips", "a", "b") == 2
     assert "no file 'a'" in capsys.readouterr().err
+    Path("a.yaml").write_text("stage: autoencoder\nname: a\n")
+    assert run("evaluate", "first-stage", "pictures", *M, "--lpips", "a.yaml", "a.yaml") == 1
+    assert "a.yaml cannot be read as weights; give a state dict" in capsys.readouterr().err
+
+
+def test_a_picture_of_other_channels_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("pictures/five.tiff").write_bytes(tiff_of(np.zeros((12, 12, 5), np.uint8)))
+    assert run("evaluate", "first-stage", "pictures", *M, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["pictures"] == 4
+    assert "5 colour channels cannot be read as 3" in found["left_out"]["five.tiff"]
+    assert run("reconstruct", "pictures/five.tiff", *M) == 1
+    assert "latentkit: pictures/five.tiff: a picture with 5 colour channels" in capsys.readouterr().err
+    Path("alone").mkdir()
+    Path("pictures/five.tiff").rename("alone/five.tiff")
+    assert run("evaluate", "first-stage", "alone", *M) == 1
+    assert "no picture could be measured; five.tiff: a picture with 5" in capsys.readouterr().err
 
 
 def test_reconstruct_prints_paths_and_never_writes_over(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

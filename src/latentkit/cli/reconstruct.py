@@ -48,7 +48,10 @@ def reconstruct(
     shown = logging.getLogger("latentkit").isEnabledFor(logging.INFO)
     for path in track(pictures, len(pictures), "reconstructing", shown):
         source = decode(path.read_bytes(), str(path), opened.values)
-        original = to_tensor(source, opened.first_stage.picture_channels, opened.background)
+        try:
+            original = to_tensor(source, opened.first_stage.picture_channels, opened.background)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
         with opened.first_stage.in_strips() if low_memory else nullcontext():
             other = passed(opened.first_stage, original).picture
         if only:

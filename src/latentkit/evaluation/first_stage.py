@@ -148,10 +148,16 @@ def evaluate(
 
     def originals() -> Iterator[Tensor]:
         for place in track(range(take), take, "reconstructing", shown):
+            index = place * len(source) // take
             try:
-                yield to_tensor(source.read(place * len(source) // take), first_stage.picture_channels, background)
+                original = to_tensor(source.read(index), first_stage.picture_channels, background)
             except BadPicture as error:
                 left_out[error.name] = error.reason
+                continue
+            except InputError as error:  # of other channels
+                left_out[source.items[index].key] = str(error)
+                continue
+            yield original
         if len(left_out) == take:
             first = next(iter(left_out.items()), ("the data", "holds no picture"))
             raise InputError(f"no picture could be measured; {first[0]}: {first[1]}")

@@ -10,6 +10,7 @@ import yaml
 from torch import Tensor
 
 from latentkit.applications.pictures import open_data, shown
+from latentkit.applications.stages.train_autoencoder import OWN_PERCEPTUAL
 from latentkit.checkpoints.files import RUN_MODEL, load_autoencoder
 from latentkit.data.dataset import Pictures
 from latentkit.data.pictures import to_png
@@ -95,11 +96,16 @@ def write_health(run: Path, progress: bool = True) -> Path:
 
 
 def _folder(run: Path) -> Path:
+    if run.name == OWN_PERCEPTUAL and (run.parent / "recipe.yaml").is_file():
+        raise InputError(f"{run} is the run of a loss's own network; name the run it is in: {run.parent}", exit_code=2)
     for folder in (run, run / "autoencoder"):
         if (folder / "recipe.yaml").is_file():
             return folder
-    said = "holds no recipe.yaml" if run.is_dir() else "is no folder"
-    raise InputError(f"{run} {said}; name the folder of a run, such as runs/NAME", exit_code=2)
+    said = "holds no recipe.yaml; name the folder of a run, such as runs/NAME" if run.is_dir() else "is no folder"
+    inside = sorted(str(path.parent) for path in run.glob("*/recipe.yaml"))
+    if inside:
+        said = f"is no run, and holds {len(inside)}; name one: {', '.join(inside[:8])}" + " ..." * (len(inside) > 8)
+    raise InputError(f"{run} {said}", exit_code=2)
 
 
 def _weights(folder: Path, recipe: AutoencoderRecipe) -> tuple[FirstStage, str]:

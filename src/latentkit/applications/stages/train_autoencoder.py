@@ -1,6 +1,7 @@
 """Training a first stage from a recipe: pictures in, one autoencoder file and its measurements out."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ from latentkit.nets.perceptual import FeatureConfig, OwnTrunk, PerceptualDistanc
 from latentkit.training import distributed
 from latentkit.training.ema import Averaging
 from latentkit.training.first_stage.autoencoder import AutoencoderObjective
-from latentkit.training.first_stage.perceptual import FeatureObjective, Perceptual, read_distance
+from latentkit.training.first_stage.perceptual import FeatureObjective, Perceptual, check_files, read_distance
 from latentkit.training.optimizers import Optimiser
 from latentkit.training.recipe import AutoencoderRecipe, resolved
 from latentkit.training.run.run_folder import RunFolder
 from latentkit.training.trainer import Callback, Trainer
 
 SHEET = 12
+OWN_PERCEPTUAL = "perceptual"
+"""Folder of the run within the run that trains the loss's own network."""
 MOST_MEASURED, COMPARED = 512, 64
 
 
@@ -43,6 +46,9 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
             "make them equal",
             exit_code=2,
         )
+    seen = recipe.loss.perceptual
+    if seen is not None:
+        check_files(seen, "loss.perceptual")
     train, held = open_data(recipe.data, recipe.seed, recipe.network.downsampling)
     critic, side = recipe.loss.adversarial, min(map(min, train.shapes))
     if critic and side < critic.network.smallest:
@@ -63,7 +69,6 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
     world = distributed.join(device)
     order = Order(len(train), recipe.schedule.batch, recipe.seed, train.buckets)
     loader = Loader(train, order, recipe.schedule.micro_batch, world.rank, world.size, recipe.data.workers)
-    seen = recipe.loss.perceptual
     every = recipe.schedule.sample_every
     distance = known = read_distance(seen).to(device) if seen and seen.network != "own" else None
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
@@ -108,9 +113,13 @@ def _begin(autoencoder: Autoencoder, start: str, here: Range | None) -> None:
     """Give an autoencoder the weights of the one called `start`; InputError where their shapes or ranges differ."""
     opened = open_first_stage(start, "cpu")
     given = opened.first_stage.autoencoder
-    if given is None or given.config != autoencoder.config:
-        found = "no autoencoder" if given is None else f"an autoencoder of {given.config}"
-        raise InputError(f"start: {start} holds {found}; the recipe's network is {autoencoder.config}", exit_code=2)
+    if given is None:
+        raise InputError(f"start: {start} holds no autoencoder; name one, or leave it out", exit_code=2)
+    there, wanted = (asdict(network.config) for network in (given, autoencoder))
+    unlike = [key for key in {**there, **wanted} if there.get(key) != wanted.get(key)]
+    if unlike:
+        said = "".join(f"\n  network.{key}: {there.get(key)} -> {wanted.get(key)}" for key in unlike)
+        raise InputError(f"start: {start} holds another autoencoder (there -> in the recipe):{said}", exit_code=2)
     check_same(f"start: {start}", opened.values, here)
     autoencoder.load_state_dict(given.state_dict())
 
@@ -123,7 +132,7 @@ def _own_perceptual(
     trunk = OwnTrunk(FeatureConfig(picture_channels=channels))
     schedule = recipe.schedule.model_copy(update={"steps": settings.steps})
     about = {"features": settings.model_dump(mode="json"), "of": recipe.name}
-    with RunFolder(folder / "perceptual", about, writes=distributed.world().main) as run:
+    with RunFolder(folder / OWN_PERCEPTUAL, about, writes=distributed.world().main) as run:
         Trainer(
             FeatureObjective(trunk, recipe.seed),
             loader.batches,

@@ -20,6 +20,9 @@ from latentkit.nets.perceptual import OwnTrunk, PerceptualDistance, load_heads, 
 HOLE, HOLES = 8, 1 / 3
 """Side in pixels and share of the blocks that are left out."""
 
+RELEASED = {"vgg16": ("vgg16-397923af.pth", "vgg.pth"), "alexnet": ("alexnet-owt-7be5be79.pth", "alex.pth")}
+"""Files of the trunk and of LPIPS's layers, as they are released."""
+
 
 class Perceptual(BaseModel):
     """Which network compares pictures as a person would, and how much that counts."""
@@ -57,11 +60,31 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             found: Any = load_file(file)
         else:
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise InputError(f"{path} cannot be read as weights: {str(error).splitlines()[0][:200]}") from None
+    except Exception:  # what the readers say of other files is of their own insides
+        said = "give a state dict as torch.save writes it, or a .safetensors file"
+        raise InputError(f"{path} cannot be read as weights; {said}") from None
     if not isinstance(found, Mapping) or not all(isinstance(value, Tensor) for value in found.values()):
         raise InputError(f"{path} holds something other than named tensors; give a state dict")
     return dict(found)
+
+
+def check_files(settings: Perceptual, key: str) -> None:
+    """InputError where a file of the settings, which stand at `key` of a recipe, is not there."""
+    if settings.weights is None or settings.heads is None:
+        return
+    trunk, heads = RELEASED[settings.network]
+    sources = {
+        "weights": f"torchvision's {settings.network}, {trunk} of download.pytorch.org/models",
+        "heads": f"LPIPS's layers for it, {heads} of lpips/weights/v0.1 in github.com/richzhang/PerceptualSimilarity",
+    }
+    for name, source in sources.items():
+        path = getattr(settings, name)
+        if not Path(path).is_file():
+            raise InputError(
+                f"{key}.{name}: no file {path!r}; it is {source}, which you bring. To train without: "
+                f"{key}='{{network: own}}', which learns from your pictures first, or {key}=null",
+                exit_code=2,
+            )
 
 
 def read_distance(settings: Perceptual) -> PerceptualDistance:
