@@ -1,14 +1,17 @@
 """Single files are known by their shapes, at full size on tensors without data."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.detect import said_prediction, single_file
+from latentkit.checkpoints import detect, lone
+from latentkit.checkpoints.detect import autoencoder_shape, said_prediction, single_file, unet_shape
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.ldm_file import match, single_pairs
+from latentkit.checkpoints.names.ldm_names import FIRST_STAGE, UNET
 from latentkit.checkpoints.names.rename import given
 from latentkit.checkpoints.storage.archive import Archive
 from latentkit.errors import InputError
@@ -73,3 +76,41 @@ def test_a_network_of_unknown_shape_must_say_its_heads() -> None:
         single_file(Archive(tensors), "file")
     with pytest.raises(InputError, match=r"input_blocks\.0\.0\.weight is missing"):
         single_file(Archive({"a": torch.ones(1)}), "file")
+
+
+@pytest.mark.parametrize(
+    ("name", "lost"),
+    [
+        ("sd1.5", f"{UNET}input_blocks.3.0.op.weight"),
+        ("semantic_synthesis256", f"{UNET}middle_block.1.qkv.weight"),
+        ("lsun_churches256", f"{UNET}input_blocks.1.1.qkv.weight"),
+        ("sd1.5", f"{FIRST_STAGE}encoder.mid.attn_1.q.weight"),
+        ("cin256", f"{FIRST_STAGE}encoder.down.3.attn.0.q.weight"),
+    ],
+)
+def test_a_layer_is_there_with_any_of_its_tensors(name: str, lost: str) -> None:
+    tensors = whole(name)
+    shapes = unet_shape(tensors, "file"), autoencoder_shape(tensors, "file")
+    del tensors[lost]
+    assert (unet_shape(tensors, "file"), autoencoder_shape(tensors, "file")) == shapes
+
+
+def test_a_codebook_that_is_lost_is_missed() -> None:
+    tensors = whole("cin256")
+    del tensors[f"{FIRST_STAGE}quantize.embedding.weight"]
+    with pytest.raises(InputError, match=r"quantize\.embedding\.weight is missing"):
+        autoencoder_shape(tensors, "file")
+    assert match(Archive(tensors), "file").complaints.missing == [f"{FIRST_STAGE}quantize.embedding.weight"]
+
+
+def test_a_damaged_file_is_that_of_the_nearest_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, last = f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.weight"
+    tensors = whole("sd1.5")
+    tensors[first] = tensors[first].transpose(0, 1)
+    assert "input_blocks.0.0.weight (4x320x3x3, wanted 320x4x3x3)" in match(Archive(tensors), "f").complaints.shape[0]
+    alone = {name.removeprefix(UNET): tensor for name, tensor in tensors.items() if name.startswith(UNET)}
+    assert lone._unet(alone, Path("file"), "") == preset("sd1.5").network
+    tensors[last] = tensors[last].transpose(0, 1)
+    monkeypatch.setattr(detect, "_shapes", None)  # nothing is built for what resembles no released model
+    with pytest.raises(InputError, match="a U-Net of 4 channels"):
+        single_file(Archive(tensors), "file")

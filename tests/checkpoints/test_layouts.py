@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from latentkit.checkpoints.storage.archive import read_archive, read_part
 from latentkit.cli import application
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
+from latentkit.model.presets import PRESETS, Preset
 
 FOLDERS = ["SD 1", "SD 1 inpainting", "SD 2", "XL", "refiner"]
 
@@ -223,6 +225,8 @@ def mutated(tensors: dict[str, Tensor], kind: str, name: str) -> dict[str, Tenso
         tensors[name + "x"] = tensors.pop(name)
     elif kind == "cut":
         tensors[name] = tensor[: max(1, len(tensor) - 1)].clone() if len(tensor) > 1 else tensor.repeat(2)
+    elif kind == "transposed":
+        tensors[name] = tensor.transpose(0, 1).contiguous()
     elif kind == "of whole numbers":
         tensors[name] = torch.ones(tensor.shape, dtype=torch.int64)
     else:
@@ -231,7 +235,23 @@ def mutated(tensors: dict[str, Tensor], kind: str, name: str) -> dict[str, Tenso
     return tensors
 
 
-KINDS = ["dropped", "renamed", "cut", "of whole numbers", "NaN", "infinite"]
+KINDS = ["dropped", "renamed", "cut", "transposed", "of whole numbers", "NaN", "infinite"]
+DECIDING = [
+    "input_blocks.0.0.weight", "input_blocks.1.0.emb_layers.1.weight", "input_blocks.2.0.op.weight",
+    "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "time_embed.0.weight", "out.2.weight",
+    "encoder.mid.attn_1.q.weight", "encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight",
+]  # fmt: skip
+"""Ends of names of tensors from which the shape of a network is known."""
+
+
+def sample(kind: str, tensors: dict[str, Tensor], ends: Sequence[str] = ()) -> list[str]:
+    """42 of those that the mutation changes, and those with such ends."""
+
+    def changes(tensor: Tensor) -> bool:
+        return kind != "transposed" or (tensor.ndim > 1 and tensor.shape[0] != tensor.shape[1])
+
+    fit = sorted(name for name, tensor in tensors.items() if changes(tensor))
+    return random.Random(kind).sample(fit, 42) + [name for name in fit if name.endswith(tuple(ends))]
 
 
 @pytest.fixture(scope="module")
@@ -245,22 +265,22 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutations_of_a_single_file_are_named(kind: str, written: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """42 tensors each; with those of folders 504 in all."""
+    """42 tensors each, and those that decide; with those of folders 588 and more. Those files may say nothing else."""
     archive = read_archive(written / "model.safetensors")
     made = family.model("SD 1").to("meta")
     monkeypatch.setattr(ldm_file, "built", lambda *_: made)
-    unshaped = 0
-    for name in random.Random(kind).sample(sorted(archive.tensors), 42):
+    monkeypatch.setitem(PRESETS, "tiny", Preset(made.architecture))
+    names = sample(kind, archive.tensors, DECIDING)
+    assert len(names) == 42 + len(DECIDING) - 3 * (kind == "transposed")  # three of them are square
+    for name in names:
         tensors = mutated(archive.tensors, kind, name)
-        try:
-            complaints = ldm_file.match(archive._replace(tensors=tensors), "file").complaints
-        except InputError:  # the shape of the network cannot be known, or is not the described one
-            unshaped += 1
-            continue
-        assert any(name in line for line in complaints.lines(None)), name
-        with pytest.raises(InputError, match=r"does not hold the model"):
-            complaints.refuse("file")
-    assert unshaped <= (8 if kind in ("dropped", "renamed", "cut") else 0)
+        for metadata in (archive.metadata, {}) if name.endswith(tuple(DECIDING)) else (archive.metadata,):
+            found = ldm_file.match(archive._replace(tensors=tensors, metadata=metadata), "file")
+            assert found.found.name == ("a model of latentkit" if metadata else "tiny")
+            complaints = found.complaints
+            assert any(name in line for line in complaints.lines(None)), name
+            with pytest.raises(InputError, match=r"does not hold the model"):
+                complaints.refuse("file")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,7 +289,7 @@ def test_mutations_of_a_folder_are_named(kind: str, written: Path) -> None:
     network = family.model("SD 1").denoiser.unet
     pairs = unet_pairs(network)
     whole = read_part(folder)
-    for name in random.Random(kind).sample(sorted(whole), 42):
+    for name in sample(kind, whole):
         tensors = mutated(whole, kind, name)
         state, complaints = taken(pairs, tensors, network.state_dict())
         assert state

@@ -4,22 +4,27 @@ Heads leave no trace in a shape: a network of a preset's shape has the preset's 
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any, NamedTuple
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from latentkit.checkpoints.names.ldm_names import FIRST_STAGE, UNET
+from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.names.ldm_names import FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
+from latentkit.checkpoints.names.rename import given, prefixed
 from latentkit.checkpoints.storage.archive import Archive
 from latentkit.diffusion.prediction import PREDICTIONS
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import Architecture
 from latentkit.model.presets import PRESETS, predicting
-from latentkit.nets.autoencoder import AutoencoderConfig
-from latentkit.nets.unet import UNetConfig
+from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
+from latentkit.nets.unet import UNet, UNetConfig
 
 DESCRIPTION = "latentkit.single_file"
 """The metadata entry in which our single files hold architecture and tokenizers."""
@@ -64,7 +69,8 @@ def unet_shape(tensors: Mapping[str, Tensor], what: str, root: str = UNET) -> UN
     escaped = re.escape(root)
     channels, channels_in = shape("input_blocks.0.0.weight", 4)[:2]
     count = _top(tensors, escaped + r"input_blocks\.(\d{1,3})\.")
-    steps = [n for n in range(count) if f"{root}input_blocks.{n}.0.op.weight" in tensors]
+    starts = {name.rpartition(".")[0] for name in tensors}  # a layer is there with any of its tensors
+    steps = [n for n in range(count) if f"{root}input_blocks.{n}.0.op" in starts]
     up = re.compile(escaped + r"output_blocks\.(\d{1,3})\.(\d)\.in_layers\.")
     lifted = [int(match[1]) for name in tensors if (match := up.match(name)) and match[2] != "0"]
     blocks = steps[0] - 1 if steps else min(lifted) if lifted else count - 1
@@ -80,7 +86,7 @@ def unet_shape(tensors: Mapping[str, Tensor], what: str, root: str = UNET) -> UN
         multipliers.append(width // channels)
         place = f"input_blocks.{number}.1."
         blocks_here = _top(tensors, re.escape(root + place) + r"transformer_blocks\.(\d{1,3})\.")
-        plain_here = f"{root}{place}qkv.weight" in tensors
+        plain_here = f"{root}{place}qkv" in starts
         depth.append(1 if plain_here else blocks_here)
         plain |= plain_here
         if blocks_here:
@@ -90,7 +96,7 @@ def unet_shape(tensors: Mapping[str, Tensor], what: str, root: str = UNET) -> UN
             )
             if shape(place + "transformer_blocks.0.attn1.to_k.weight", 2)[1] != width:
                 cross_only = level + 1
-    plain |= f"{root}middle_block.1.qkv.weight" in tensors
+    plain |= f"{root}middle_block.1.qkv" in starts
     middle = 1 if plain else _top(tensors, escaped + r"middle_block\.1\.transformer_blocks\.(\d{1,3})\.")
     if context is None and not plain and middle:
         context = shape("middle_block.1.transformer_blocks.0.attn2.to_k.weight", 2)[1]
@@ -131,41 +137,89 @@ def autoencoder_shape(tensors: Mapping[str, Tensor], what: str, root: str = FIRS
     widths = [shape(f"encoder.down.{level}.block.0.norm2.weight", 1)[0] for level in range(levels)]
     if not widths or not blocks or any(width % channels for width in widths):
         raise InputError(f"{what}: its first stage has levels of {widths} channels, no multiples of {channels}")
-    coded = f"{root}quantize.embedding.weight" in tensors
+    latent_channels = shape("decoder.conv_in.weight", 4)[1]
+    coded = f"{root}quantize.embedding.weight" in tensors or shape("encoder.conv_out.weight", 4)[0] == latent_channels
+    starts = {name.rpartition(".")[0] for name in tensors}  # a layer is there with any of its tensors
     return AutoencoderConfig(
         picture_channels=picture_channels,
-        latent_channels=shape("decoder.conv_in.weight", 4)[1],
+        latent_channels=latent_channels,
         channels=channels,
         multipliers=tuple(width // channels for width in widths),
         blocks=blocks,
-        attention=f"{root}encoder.mid.attn_1.q.weight" in tensors,
-        attention_levels=sum(f"{root}encoder.down.{n}.attn.0.q.weight" in tensors for n in range(levels)),
+        attention=f"{root}encoder.mid.attn_1.q" in starts,
+        attention_levels=sum(f"{root}encoder.down.{n}.attn.0.q" in starts for n in range(levels)),
         codes=shape("quantize.embedding.weight", 2)[0] if coded else None,
     )
 
 
 def single_file(archive: Archive, what: str) -> Found:
-    """What a whole model in the layout of the released code is; InputError where that cannot be known."""
-    network, first_stage = unet_shape(archive.tensors, what), autoencoder_shape(archive.tensors, what)
+    """What a whole model in the layout of the released code is; InputError where that cannot be known.
+
+    A file that describes its model holds that, and one of which a few tensors differ from a released model's holds
+    that one: which tensors they are, `rename.taken` finds out.
+    """
     said = said_prediction(archive)
     if DESCRIPTION in archive.metadata:
         architecture, state, scale = _described(archive.metadata[DESCRIPTION], what)
-        if comparable(architecture.network) != comparable(network):
-            raise InputError(f"{what}: describes another network than its tensors make")
-        if architecture.first_stage != first_stage:
-            raise InputError(f"{what}: describes another first stage than its tensors make")
         return Found(architecture, scale, state, "a model of latentkit", True)
+    try:
+        network, first_stage = unet_shape(archive.tensors, what), autoencoder_shape(archive.tensors, what)
+        refusal = InputError(
+            f"{what}: holds a U-Net of {network.channels} channels and levels {network.multipliers} with the depth "
+            f"{network.depth}, which is none of the released models, and does not say how many heads it has"
+        )
+        name = next((name for name, own in PRESETS.items() if _same(own.architecture, network, first_stage)), None)
+    except InputError as error:
+        refusal, name = error, None
+    if (name := name or nearest(archive.tensors)) is None:
+        raise refusal
+    preset = PRESETS[name]
+    architecture = predicting(preset.architecture, said or preset.architecture.prediction)
+    if "ztsnr" in archive.tensors:
+        architecture = replace(architecture, schedule=replace(architecture.schedule, zero_terminal=True))
+    return Found(architecture, _scale(archive) or preset.latent_scale, {}, name, said is not None)
+
+
+def _same(own: Architecture, network: UNetConfig, first_stage: AutoencoderConfig) -> bool:
+    return comparable(own.network) == comparable(network) and own.first_stage == first_stage
+
+
+def nearest(tensors: Mapping[str, Tensor], roots: tuple[str, ...] = (UNET, FIRST_STAGE)) -> str | None:
+    """The preset from whose parts below `roots` fewer than one tensor in a hundred differs, by name or shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    least = (0.01, 0, "")
     for name, preset in PRESETS.items():
-        own = preset.architecture
-        if comparable(own.network) == comparable(network) and own.first_stage == first_stage:
-            architecture = predicting(own, said or own.prediction)
-            if "ztsnr" in archive.tensors:
-                architecture = replace(architecture, schedule=replace(architecture.schedule, zero_terminal=True))
-            return Found(architecture, _scale(archive) or preset.latent_scale, {}, name, said is not None)
-    raise InputError(
-        f"{what}: holds a U-Net of {network.channels} channels and levels {network.multipliers} with the depth "
-        f"{network.depth}, which is none of the released models, and does not say how many heads it has"
-    )
+        wanted = {UNET: preset.architecture.network, FIRST_STAGE: preset.architecture.first_stage}
+        if not _resembles(shapes, preset.architecture.network):
+            continue
+        whole = {tensor: shape for root in roots for tensor, shape in _shapes(wanted[root], root).items()}
+        own = {tensor: shape for tensor, shape in shapes.items() if tensor.startswith(roots)}
+        apart = {tensor for tensor, _ in own.items() ^ whole.items()}
+        sizes = sum(math.prod(own.get(tensor, ())) != math.prod(whole.get(tensor, ())) for tensor in apart)
+        least = min(least, (len(apart) / len(whole), sizes, name), key=lambda found: found[:2])
+    return least[2] or None
+
+
+def _resembles(shapes: Mapping[str, tuple[int, ...]], config: UNetConfig) -> bool:
+    """Whether three of four tensors of a U-Net have its shapes, before any is built."""
+    width, wide = config.channels * config.multipliers[-1], config.embedding_width or 4 * config.channels
+    probes = {
+        "input_blocks.0.0.weight": (config.channels, config.channels_in, 3, 3),
+        "time_embed.2.weight": (wide, wide),
+        "middle_block.0.in_layers.2.weight": (width, width, 3, 3),
+        "out.2.weight": (config.channels_out, config.channels, 3, 3),
+    }
+    return sum(shapes.get(UNET + name) == shape for name, shape in probes.items()) > 2
+
+
+@cache
+def _shapes(config: Any, root: str) -> dict[str, tuple[int, ...]]:
+    """What the released code would save of a network, below `root`."""
+    with torch.device("meta"), Shapes():
+        module = UNet(config) if isinstance(config, UNetConfig) else Autoencoder(config)
+    pairs = unet_pairs(module) if isinstance(module, UNet) else autoencoder_pairs(module)
+    tensors = given(prefixed(pairs, root), module.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def comparable(config: UNetConfig) -> UNetConfig:

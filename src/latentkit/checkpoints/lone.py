@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from latentkit.checkpoints.detect import autoencoder_shape, comparable, unet_shape
+from latentkit.checkpoints.detect import autoencoder_shape, comparable, nearest, unet_shape
 from latentkit.checkpoints.diffusers_folder import affordable
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.ldm_file import folded, usual_scale
@@ -110,11 +110,19 @@ def _kind(tensors: Mapping[str, Tensor]) -> tuple[Part, Literal["ldm", "diffuser
 
 
 def _unet(tensors: Mapping[str, Tensor], path: Path, root: str) -> UNetConfig:
-    shape = unet_shape(tensors, str(path), root)
-    for known in PRESETS.values():
-        if comparable(known.architecture.network) == comparable(shape):
-            return known.architecture.network
-    raise InputError(f"{path}: holds a U-Net of no released model's shape, and does not say how many heads it has")
+    refusal = InputError(f"{path}: holds a U-Net of no released model's shape, and does not say how many heads it has")
+    try:
+        shape = comparable(unet_shape(tensors, str(path), root))
+        known = [own.architecture.network for own in PRESETS.values() if comparable(own.architecture.network) == shape]
+    except InputError as error:
+        refusal, known = error, []
+    if not known and (
+        name := nearest({ldm_names.UNET + n.removeprefix(root): t for n, t in tensors.items()}, (ldm_names.UNET,))
+    ):
+        known = [PRESETS[name].architecture.network]
+    if not known:
+        raise refusal
+    return known[0]
 
 
 def _said(path: Path, values: Mapping[str, Any]) -> tuple[AutoencoderConfig | UNetConfig, str, Statistics | None]:
