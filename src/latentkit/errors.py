@@ -1,7 +1,7 @@
 """The one error that means "the input is wrong", and how it names the nearest valid thing."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
@@ -15,6 +15,18 @@ class InputError(ValueError):
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def together(*attempts: Callable[[], object]) -> None:
+    """Make every attempt; of the InputErrors that they raise, one that says what each says."""
+    said: list[str] = []
+    for attempt in attempts:
+        try:
+            attempt()
+        except InputError as error:
+            said.append(str(error))
+    if said:
+        raise InputError("; ".join(dict.fromkeys(said)))
 
 
 def close(name: str, allowed: Iterable[str]) -> str:

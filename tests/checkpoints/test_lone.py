@@ -78,7 +78,7 @@ def test_an_autoencoder_alone_is_known_and_used(form: str, files: dict[str, Path
     assert found["kind"] == "first stage alone (kl)"
     assert (found["wrong"], found["suspicious"]) == ([], {})
     assert found["ignored"] == ({"what takes no part": ["loss.logvar"]} if form == "bare-vae" else {})
-    assert found["network"][0] == "4 latent channels, 2 pixels to a cell"
+    assert found["parts"]["first stage"]["picture"][0] == "4 latent channels, 2 pixels to a cell"
     stage = open_first_stage(files[form], "cpu").first_stage
     ours = family.model("SD 1").first_stage
     assert stage.autoencoder is not None

@@ -1,10 +1,10 @@
 """Whole models as a diffusers folder, read and written: U-Net, autoencoder, CLIP towers, tokenizers, scheduler."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,11 @@ from latentkit.checkpoints.names.tower_configs import (
     text_json,
 )
 from latentkit.checkpoints.storage.archive import read_json, read_part
+from latentkit.checkpoints.storage.folders import whole_folder
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
 from latentkit.checkpoints.storage.vocabulary import Vocabulary, read_clip, write_clip
 from latentkit.diffusion.schedule import NoiseSchedule
-from latentkit.errors import InputError
+from latentkit.errors import InputError, together
 from latentkit.model.conditioners.clip import ClipConfig
 from latentkit.model.conditioners.image import ImageConfig
 from latentkit.model.conditioners.numbers import UPSCALER_NUMBERS, NumbersConfig
@@ -59,6 +60,7 @@ LEFT = {
     "image_noising_scheduler", "low_res_scheduler", "scheduler",
 }  # fmt: skip
 """Parts of any class: they are left aside, or read as numbers."""
+NOT_READ = sorted(LEFT - {"scheduler", "image_noising_scheduler"})
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 LEFT_EMPTY = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline")
@@ -83,6 +85,17 @@ LOW_RESOLUTION = NoiseSchedule(kind="scaled_linear", beta_start=0.0001, beta_end
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
+class Folder(NamedTuple):
+    """A folder's tensors set against the model that it seems to hold."""
+
+    model: LatentDiffusion
+    """Without weights, on the meta device."""
+    state: dict[str, Tensor]
+    complaints: Complaints
+    ignored: dict[str, list[str]]
+    """Parts and tensors that take no part in a picture, by what they are."""
+
+
 def is_folder(path: Path) -> bool:
     """Whether a folder is one that diffusers wrote."""
     return (path / INDEX).is_file()
@@ -99,13 +112,13 @@ def read_folder(
     `variant`: see `read_part`; parts that have none of it are read plain.
     Errors: InputError names parts, fields and tensors that cannot be run, are missing or left over.
     """
-    model, state, complaints = match_folder(Path(path), variant)
-    complaints.refuse(str(path))
-    return filled(model, state, torch.device(device), dtype)
+    found = match_folder(Path(path), variant)
+    found.complaints.refuse(str(path))
+    return filled(found.model, found.state, torch.device(device), dtype)
 
 
-def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusion, dict[str, Tensor], Complaints]:
-    """The model without weights, its weights, and what does not fit."""
+def match_folder(path: Path, variant: str | None = None) -> Folder:
+    """What the folder holds, and every tensor of it accounted for."""
     if variant and not any(f".{variant}." in file.name for file in path.glob("*/*")):
         raise InputError(f"{path}: no part has weights of the variant {variant!r}")
     index = read_json(path / INDEX)
@@ -145,7 +158,9 @@ def match_folder(path: Path, variant: str | None = None) -> tuple[LatentDiffusio
     )
     affordable(path, network, first_stage, architecture.towers())
     model = built(architecture, {"text": {"tokenizer": state}} if clip else {}, str(path))
-    return _matched(path, model, place, coder, scaling, variant)
+    found = _matched(path, model, place, coder, scaling, variant)
+    aside = [name for name in NOT_READ if index.get(name) not in (None, [None, None])]
+    return found._replace(ignored=found.ignored | {"parts that are not run": aside})
 
 
 def _first_stage(what: str, values: Mapping[str, Any]) -> tuple[AutoencoderConfig | TinyConfig, Statistics]:
@@ -171,8 +186,9 @@ def affordable(
 
 def _matched(
     path: Path, model: LatentDiffusion, place: str, coder: str, scaling: Statistics, variant: str | None
-) -> tuple[LatentDiffusion, dict[str, Tensor], Complaints]:
+) -> Folder:
     complaints = Complaints()
+    aside: list[str] = []
     state = statistics(model, scaling.mean, scaling.std)
     expected = model.state_dict()
     for folder, pairs in _pairs(model, place, coder).items():
@@ -180,12 +196,14 @@ def _matched(
         own = {name: expected[name] for pair in pairs for name in pair.ours}
         ours, wrong = taken(pairs, tensors, own)
         left = tensors.keys() - {pair.theirs for pair in pairs}
-        wrong.unknown += [name for name in left if not re.fullmatch(r"(.*\.)?position_ids", name)]
+        numbers = {name for name in left if re.fullmatch(r"(.*\.)?position_ids", name)}
+        aside += [f"{folder}/{name}" for name in numbers]
+        wrong.unknown += left - numbers
         for kind in Complaints.WORDS:
             setattr(wrong, kind, [f"{folder}/{name}" for name in getattr(wrong, kind)])
         complaints.extend(wrong)
         state |= ours
-    return model, state, complaints
+    return Folder(model, state, complaints, {"tensors that take no part in a picture": aside})
 
 
 def _modern(folder: str, name: str) -> str:
@@ -300,12 +318,12 @@ def _consistency(path: Path, width: Any) -> ConsistencyConfig | None:
 def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | None = None) -> None:
     """Write the model as a diffusers folder with every file that its pipelines ask for; `dtype` None: as it is.
 
-    Errors: InputError names what that layout cannot hold, before anything is written.
+    Errors: InputError names all that the layout cannot hold, and a disk that refuses; nothing is written then.
     """
     root, architecture = Path(path), model.architecture
     place = "class_embedding" if architecture.image and architecture.image.slot == "vector" else "add_embedding"
     coder = "vqvae" if architecture.network.plain_attention else "vae"
-    assert architecture.first_stage is not None or _pairs(model, place)
+    _refuse(model, place)
     scale = usual_scale(model.first_stage)
     changed = model.state_dict() | folded(model.first_stage, scale, dtype)
     stage = architecture.first_stage
@@ -345,19 +363,38 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
         configs["low_res_scheduler"] = _noising(LOW_RESOLUTION)
     if root.exists() and any(root.iterdir()):
         raise InputError(f"{root} is not empty and is not overwritten; name another folder", exit_code=2)
-    for folder, fields in configs.items():
-        name = FILES.get(folder, "scheduler_config.json" if folder.endswith("scheduler") else "config.json")
-        write_json(root / folder / name, fields)
-    for folder, named in pairs.items():
-        tensors = given(named, changed)
-        if dtype is not None:
-            tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-        stem = "diffusion_pytorch_model" if folder in ("unet", coder, "image_normalizer") else "model"
-        write_tensors(root / folder / f"{stem}.safetensors", tensors, {"format": "pt"})
-    for end, tower in zip(ends, towers):
-        text = model.state()["text"]["tokenizer"]
-        write_clip(root / f"tokenizer{end}", Vocabulary(text, tower.pad), tower.length)
-    write_json(root / INDEX, _index(architecture, configs, [f"tokenizer{end}" for end in ends]))
+    with whole_folder(root) as new:
+        for folder, fields in configs.items():
+            name = FILES.get(folder, "scheduler_config.json" if folder.endswith("scheduler") else "config.json")
+            write_json(new / folder / name, fields)
+        for folder, named in pairs.items():
+            tensors = given(named, changed)
+            if dtype is not None:
+                tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            stem = "diffusion_pytorch_model" if folder in ("unet", coder, "image_normalizer") else "model"
+            write_tensors(new / folder / f"{stem}.safetensors", tensors, {"format": "pt"})
+        for end, tower in zip(ends, towers):
+            text = model.state()["text"]["tokenizer"]
+            write_clip(new / f"tokenizer{end}", Vocabulary(text, tower.pad), tower.length)
+        write_json(new / INDEX, _index(architecture, configs, [f"tokenizer{end}" for end in ends]))
+
+
+def _refuse(model: LatentDiffusion, place: str) -> None:
+    """InputError with all that the layout cannot hold."""
+    architecture, coder = model.architecture, model.first_stage.autoencoder
+    of_first_stage: list[Callable[[], object]] = [lambda: _pairs(model, place)]
+    if coder is not None:
+        of_first_stage = [
+            lambda: diffusers_names.autoencoder_pairs(coder),
+            lambda: folded(model.first_stage, usual_scale(model.first_stage)),
+        ]
+    together(
+        lambda: diffusers_names.unet_pairs(model.denoiser.unet, place),
+        lambda: unet_json(architecture.network, 1, place),
+        *of_first_stage,
+        lambda: tower_names.folder_pairs(architecture),
+        lambda: _scheduler_json(architecture),
+    )
 
 
 def _noising(schedule: NoiseSchedule) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def load(
         stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
         return Model(network, provenance, stem, digest(path), place if low_memory else None)
     try:
-        network, provenance, _, certain = layouts.open_model(foreign)
+        network, provenance, _, certain, _ = layouts.open_model(foreign)
     except InputError as error:
         raise instead(error, foreign, "a whole model") from None
     with ThreadPoolExecutor(1) as beside:

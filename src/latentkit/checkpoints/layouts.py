@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -10,24 +10,28 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny
-from latentkit.checkpoints.detect import said_prediction
-from latentkit.checkpoints.diffusers_folder import INDEX, is_folder, match_folder, read_folder, write_folder
+from latentkit.checkpoints.detect import DESCRIPTION, said_prediction
+from latentkit.checkpoints.diffusers_folder import INDEX, is_folder, match_folder, write_folder
+from latentkit.checkpoints.doctor import picture
+from latentkit.checkpoints.doctor.suspicion import suspicious
 from latentkit.checkpoints.files import find, load_model, save_model
-from latentkit.checkpoints.ldm_file import filled, match, read_single, write_single
+from latentkit.checkpoints.ldm_file import filled, match, write_single
 from latentkit.checkpoints.lone import Lone, lone_part
-from latentkit.checkpoints.names.rename import finite
+from latentkit.checkpoints.names.rename import blocks
 from latentkit.checkpoints.probe import doubtful, settle
 from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.nets.tiny import TinyAutoencoder
-from latentkit.nets.unet import UNetConfig
 
 Layout = Literal["ldm", "diffusers", "latentkit"]
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SUSPICIOUS_SCALE = 1e3
-"""Deviation of a weight above which something went wrong in training or conversion."""
+TOLD = {"modelspec.title": "name", "modelspec.license": "licence", "modelspec.date": "date"}
+"""Metadata of single files that is kept, and what it is called in provenance."""
+OF_SPEC = ("sai_model_spec", "architecture", "implementation", "resolution", "prediction_type", "hash_sha256")
+WRITTEN = {"format", DESCRIPTION, *TOLD, *(f"modelspec.{key}" for key in OF_SPEC)}
+"""Metadata that is written anew."""
 
 
 class Opened(NamedTuple):
@@ -38,6 +42,8 @@ class Opened(NamedTuple):
     layout: Layout
     certain: bool = True
     """Whether what its network predicts and its heads are known; otherwise `probe.settle` asks the network."""
+    left: Mapping[str, list[str]] = {}
+    """What of the file is left aside, by kind (see `rename.blocks`)."""
 
 
 def layout_of(path: Path) -> Layout:
@@ -66,11 +72,23 @@ def open_model(
     """
     path = Path(path)
     layout = layout_of(path)
+    device = torch.device(device)
     if layout == "diffusers":
-        return Opened(read_folder(path, device, dtype), {"source": "diffusers folder"}, layout)
+        folder = match_folder(path)
+        folder.complaints.refuse(str(path))
+        model = filled(folder.model, folder.state, device, dtype)
+        return Opened(model, {"source": "diffusers folder"}, layout, left=_left(folder.ignored, [])["left"])
     if layout == "ldm":
-        model, found = read_single(path, device, dtype, averaged)
-        return Opened(model, {"source": f"single file, {found.name}"}, layout, not doubtful(found.name, found.certain))
+        archive = read_archive(path)
+        matched = match(archive, str(path), averaged, path.parent)
+        matched.complaints.refuse(str(path))
+        model, name = filled(matched.model, matched.state, device, dtype), matched.found.name
+        told = {ours: archive.metadata[theirs] for theirs, ours in TOLD.items() if theirs in archive.metadata}
+        left = _left(matched.ignored, archive.tensors)["left"]
+        if untold := sorted(key[:80] for key in archive.metadata if key not in WRITTEN and key.isprintable()):
+            left["what the file says of itself"] = untold
+        certain = not doubtful(name, matched.found.certain)
+        return Opened(model, {"source": f"single file, {name}", **told}, layout, certain, left)
     path = find(path)
     stored = Counter(tensor.dtype for tensor in read_archive(path).tensors.values()).most_common(1)[0][0]
     model, provenance = load_model(path, device, dtype or stored)
@@ -122,25 +140,26 @@ def report(path: str | Path) -> dict[str, Any]:
         return _tiny(path, layout)
     if (lone := lone_part(path)) is not None:
         return _lone(path, lone)
-    found: dict[str, Any] = {"path": str(path), "layout": layout, "kind": layout, "ignored": {}, "averaged": False}
+    found = {"path": str(path), "layout": layout, "kind": layout, **LEFT, "averaged": None}
     if layout == "diffusers":
-        model, state, complaints = match_folder(path)
-        found["wrong"] = complaints.lines(None)
+        folder = match_folder(path)
+        model, state = folder.model, folder.state
+        found["wrong"] = folder.complaints.lines(None)
         found["says"] = f"{INDEX} and config.json"
+        found |= _left(folder.ignored, [])
     elif layout == "ldm":
         archive = read_archive(path)
         matched = match(archive, str(path))
         model, state = matched.model, matched.state
         if not matched.complaints and doubtful(matched.found.name, matched.found.certain):
             settle(filled(model, state, torch.device("cpu"), None), str(path))
-        names = archive.tensors
         found |= {
             "kind": matched.found.name,
             "wrong": matched.complaints.lines(None),
-            "ignored": {kind: sorted(names_) for kind, names_ in matched.ignored.items()},
-            "averaged": any(name.startswith("model_ema.") for name in names),
+            "averaged": "taken" if matched.averaged else "left aside" if matched.averages else None,
             "says": said_prediction(archive),
         }
+        found |= _left(matched.ignored, archive.tensors)
     else:
         opened = open_model(path)
         model, state = opened.model, opened.model.state_dict()
@@ -149,31 +168,41 @@ def report(path: str | Path) -> dict[str, Any]:
     found |= {
         "prediction": architecture.prediction,
         "size": list(architecture.size),
-        "parts": _parts(state),
+        "parts": _parts(state, picture.whole(architecture)),
         "parameters": sum(tensor.numel() for tensor in state.values()),
-        "network": _levels(architecture.network),
         "suspicious": suspicious(state),
     }
     return found
 
 
+LEFT: dict[str, Any] = {"ignored": {}, "left": {}}
+"""Of a file of which nothing is left aside."""
+
+
+def _left(ignored: Mapping[str, list[str]], there: Iterable[str]) -> dict[str, Any]:
+    """All names of tensors that are left aside, by kind; and the same with whole blocks as one."""
+    named = {kind: sorted(names) for kind, names in sorted(ignored.items()) if names}
+    return {"ignored": named, "left": {kind: blocks(names, there) for kind, names in named.items()}}
+
+
 def _lone(path: Path, lone: Lone) -> dict[str, Any]:
     """What is to be said of a part alone."""
     own = isinstance(lone.config, AutoencoderConfig)
-    network = _autoencoder(lone.config) if isinstance(lone.config, AutoencoderConfig) else _levels(lone.config)
+    lines = (
+        picture.first_stage(lone.config) if isinstance(lone.config, AutoencoderConfig) else picture.unet(lone.config)
+    )
     return {
         "path": str(path),
         "layout": lone.layout,
         "kind": f"{lone.part} alone ({lone.name or 'of no released shape'})",
-        "ignored": {"what takes no part": lone.aside} if lone.aside else {},
-        "averaged": False,
+        **_left({"what takes no part": lone.aside}, lone.names),
+        "averaged": None,
         "wrong": lone.complaints.lines(None),
         "says": "its config.json" if lone.statistics or not own else None,
         "prediction": None,
         "size": None,
-        "parts": {lone.part: _part(list(lone.state.values()))},
+        "parts": {lone.part: _part(list(lone.state.values()), lines)},
         "parameters": sum(tensor.numel() for tensor in lone.state.values()),
-        "network": network,
         "suspicious": suspicious(lone.state),
     }
 
@@ -182,79 +211,47 @@ def _tiny(path: Path, layout: Layout) -> dict[str, Any]:
     """What is to be said of a tiny autoencoder; what is wrong with it raises."""
     network = read_tiny(path).autoencoder
     assert isinstance(network, TinyAutoencoder)
-    config, state = network.config, network.state_dict()
-    cells = f"{config.latent_channels} latent channels, {config.downsampling} pixels to a cell"
+    state = network.state_dict()
     return {
         "path": str(path),
         "layout": layout,
         "kind": "tiny autoencoder alone",
-        "ignored": {},
-        "averaged": False,
+        **LEFT,
+        "averaged": None,
         "wrong": [],
         "says": "its config.json" if path.is_dir() else None,
         "prediction": None,
         "size": None,
-        "parts": {"first stage": _part(list(state.values()))},
+        "parts": {"first stage": _part(list(state.values()), picture.first_stage(network.config))},
         "parameters": sum(tensor.numel() for tensor in state.values()),
-        "network": [cells, f"levels of {', '.join(map(str, config.blocks))} blocks, {config.channels} wide"],
         "suspicious": suspicious(state),
     }
 
 
-PARTS = {"denoiser.": "U-Net", "first_stage.": "first stage", "conditioners.": "conditioners"}
+TITLES = {
+    "denoiser.": "U-Net",
+    "first_stage.": "first stage",
+    "conditioners.text.": "text tower",
+    "conditioners.text.towers.0.": "text tower",
+    "conditioners.text.towers.1.": "text tower 2",
+    "conditioners.image.": "image tower",
+    "conditioners.layout.": "layout tower",
+    "conditioners.label.": "classes",
+    "conditioners.map.": "semantic map",
+}
+"""What parts are called, by what the names of their tensors begin with."""
 
 
-def _parts(state: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _parts(state: Mapping[str, Tensor], lines: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = {}
-    for prefix, title in PARTS.items():
+    for prefix, title in TITLES.items():
         tensors = [tensor for name, tensor in state.items() if name.startswith(prefix)]
-        if tensors:
-            parts[title] = _part(tensors)
+        if tensors and prefix in lines:
+            parts[title] = _part(tensors, lines[prefix])
     return parts
 
 
-def _part(tensors: list[Tensor]) -> dict[str, Any]:
+def _part(tensors: list[Tensor], lines: list[str]) -> dict[str, Any]:
     types = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors if tensor.ndim)
-    return {"tensors": len(tensors), "parameters": sum(t.numel() for t in tensors), "types": dict(types)}
-
-
-def _autoencoder(config: AutoencoderConfig) -> list[str]:
-    """A picture of an autoencoder."""
-    widths = ", ".join(str(config.channels * multiplier) for multiplier in config.multipliers)
-    latent = f"{config.latent_channels} latent channels, {config.downsampling} pixels to a cell"
-    codes = f"; {config.codes} codes" if config.codes else ""
-    return [f"{latent}{codes}", f"levels {widths} wide, {config.blocks} blocks"]
-
-
-def _levels(config: UNetConfig) -> list[str]:
-    """A picture of the U-Net: one line for each level."""
-    lines = [f"{config.channels_in} channels in, {config.channels_out} out"]
-    for level, (multiplier, depth) in enumerate(zip(config.multipliers, config.depth)):
-        width = config.channels * multiplier
-        kind = "plain attention" if config.plain_attention else f"{depth} x transformer"
-        heads = f", {kind}, {config.head_count(width)} heads" if depth else ""
-        lines.append(f"{'  ' * level}1/{2**level}: {width:5d} wide, {config.blocks} blocks{heads}")
-    if config.context_width:
-        lines.append(f"context {config.context_width} wide")
-    if config.vector_width:
-        lines.append(f"vector {config.vector_width} wide")
-    return lines
-
-
-def suspicious(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Tensors that are not finite, all zero, or far too large, by name."""
-    found: dict[str, str] = {}
-    for name, tensor in state.items():
-        if (
-            not tensor.is_floating_point()
-            or not tensor.numel()
-            or name.endswith(("latent_mean", "latent_std", ".mean"))
-        ):
-            continue
-        if not finite(tensor):
-            found[name] = "holds values that are not finite"
-        elif tensor.ndim > 1 and not tensor.any():
-            found[name] = "is all zero"
-        elif tensor.ndim > 1 and (scale := float(tensor.float().square().mean().sqrt())) > SUSPICIOUS_SCALE:
-            found[name] = f"has values of the size {scale:.3g}"
-    return found
+    count = sum(tensor.numel() for tensor in tensors)
+    return {"tensors": len(tensors), "parameters": count, "types": dict(types), "picture": lines}

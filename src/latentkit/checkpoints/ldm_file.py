@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from latentkit.checkpoints.names.tower_names import ROOT, modern, of_comfy, sing
 from latentkit.checkpoints.storage.archive import Archive, read_archive
 from latentkit.checkpoints.storage.tensors import write_tensors
 from latentkit.checkpoints.storage.vocabulary import has_bert, is_shipped, read_bert
-from latentkit.errors import InputError
+from latentkit.errors import InputError, together
 from latentkit.model.first_stage import FirstStage
 from latentkit.model.latent_diffusion import Architecture, LatentDiffusion
 from latentkit.model.presets import PRESETS
@@ -38,6 +39,7 @@ IGNORED = {
     "counters of training": r"(.*\.)?(num_batches_tracked|global_step)",
 }
 """Tensors that take no part in a picture, by what they are."""
+PLAIN = "weights in whose place their averages are"
 TWICE = "the first stage a second time"
 AUGMENTOR = "parts of a text or image tower that take no part"
 OF_EMBEDDINGS = {f"conditioners.image.{kind}": f"noise_augmentor.data_{kind}" for kind in ("mean", "std")}
@@ -55,6 +57,8 @@ class Match(NamedTuple):
     ignored: dict[str, list[str]]
     averaged: bool
     """Whether `state` has the U-Net's averaged weights."""
+    averages: bool
+    """Whether the file has them."""
 
 
 def built(architecture: Architecture, state: dict[str, Any], what: str) -> LatentDiffusion:
@@ -72,25 +76,33 @@ def single_pairs(model: LatentDiffusion, names: Collection[str] = ()) -> list[Pa
     `names` are those of a file that is read (see `single_file_pairs`).
     """
     architecture = model.architecture
-    if architecture.text is not None:
-        raise InputError(
-            "the CompVis layout holds no text encoder of one's own; only CLIP's towers, the 2021 transformer, classes"
-        )
-    if model.first_stage.autoencoder is None:
-        raise InputError("the CompVis layout holds no diffusion on pixels; this model has no autoencoder")
-    if model.architecture.consistency is not None:
-        raise InputError("the CompVis layout holds no latent consistency model; diffusers' and our own do")
+    coder = model.first_stage.autoencoder
+    lacking = {
+        "no text encoder of one's own; only CLIP's towers, the 2021 transformer, classes": architecture.text,
+        "no diffusion on pixels; this model has no autoencoder": coder is None or None,
+        "no latent consistency model; diffusers' and our own do": architecture.consistency,
+    }
+    together(
+        *(partial(_refuse, what) for what, there in lacking.items() if there is not None),
+        lambda: unet_pairs(model.denoiser.unet),
+        lambda: coder and autoencoder_pairs(coder),
+    )
+    assert coder is not None
     return [
         *prefixed(unet_pairs(model.denoiser.unet), UNET, OUR_UNET),
-        *prefixed(autoencoder_pairs(model.first_stage.autoencoder), FIRST_STAGE, OUR_FIRST_STAGE),
+        *prefixed(autoencoder_pairs(coder), FIRST_STAGE, OUR_FIRST_STAGE),
         *single_file_pairs(architecture, names),
     ]
 
 
-def _averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The U-Net's tensors with their averages in their places, where the file has all of them."""
+def _refuse(what: str) -> None:
+    raise InputError(f"the CompVis layout holds {what}")
+
+
+def _averages(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The names of the U-Net's tensors with those of their averages, where the file has all of them."""
     names = {name: EMA + name.removeprefix("model.").replace(".", "") for name in tensors if name.startswith(UNET)}
-    return {name: tensors[average] for name, average in names.items()} if set(names.values()) <= tensors.keys() else {}
+    return names if set(names.values()) <= tensors.keys() else {}
 
 
 def _renamed(tensors: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
@@ -125,7 +137,8 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
     tensors = _renamed(archive.tensors, what)
     found = single_file(archive._replace(tensors=tensors), what)
     of_2021 = not (found.architecture.clip or "latentkit" in found.name)
-    averages = _averaged(tensors) if (of_2021 if averaged is None else averaged) else {}
+    averages = _averages(tensors)
+    used = averages if (of_2021 if averaged is None else averaged) else {}
     if averaged and not averages:
         raise InputError(f"{what}: has no averaged weights, or not all of them")
     state = dict(found.state)
@@ -139,9 +152,9 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
     seconds = _seconds(tensors, pairs)
     buffers = dict(model.named_buffers())
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
-    ours, complaints = taken(pairs, tensors | averages, expected)
-    ignored: dict[str, list[str]] = {}
-    for name in tensors.keys() - {pair.theirs for pair in pairs}:
+    ours, complaints = taken(pairs, tensors | {name: tensors[used[name]] for name in used}, expected)
+    ignored: dict[str, list[str]] = {PLAIN: list(used)} if used else {}
+    for name in tensors.keys() - {pair.theirs for pair in pairs} - set(used.values()):
         kind = next((kind for kind, pattern in IGNORED.items() if re.fullmatch(pattern, name)), None)
         if kind is None and unused(name):
             kind = AUGMENTOR
@@ -159,7 +172,7 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
             if tensor.shape != ours[name].shape or not finite(tensor):
                 complaints.shape.append(theirs)
             ours[name] = tensor
-    return Match(found, model, ours, complaints, ignored, bool(averages))
+    return Match(found, model, ours, complaints, ignored, bool(used), bool(averages))
 
 
 def statistics(model: LatentDiffusion, mean: Any, std: Any) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """An autoencoder or a U-Net that comes without the rest of a model, in a file or folder of other programs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from latentkit.checkpoints.names.diffusers_configs import (
 )
 from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed, taken
 from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
+from latentkit.checkpoints.storage.folders import whole_folder
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
@@ -62,6 +63,8 @@ class Lone(NamedTuple):
     """Of raw latents, where it says them."""
     complaints: Complaints
     aside: list[str]
+    """Tensors that take no part in a picture, of all `names` that are there."""
+    names: Collection[str]
 
 
 def lone_part(path: Path) -> Lone | None:
@@ -93,7 +96,7 @@ def lone_part(path: Path) -> Lone | None:
     left = tensors.keys() - {pair.theirs for pair in pairs}
     aside = sorted(name for name in left if re.fullmatch(ASIDE, name))
     complaints.unknown += sorted(left - set(aside))
-    return Lone(part, layout, ", ".join(_names(config)), config, ours, statistics, complaints, aside)
+    return Lone(part, layout, ", ".join(_names(config)), config, ours, statistics, complaints, aside, tensors)
 
 
 def _kind(tensors: Mapping[str, Tensor]) -> tuple[Part, Literal["ldm", "diffusers"], str] | None:
@@ -224,5 +227,6 @@ def write_first_stage(path: Path, stage: FirstStage, layout: str, dtype: torch.d
         write_tensors(path, tensors, {"format": "pt"})
     else:
         config = autoencoder_json(network.config, 64 * network.config.downsampling, scale)
-        write_json(path / "config.json", config)
-        write_tensors(path / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})
+        with whole_folder(path) as new:
+            write_json(new / "config.json", config)
+            write_tensors(new / "diffusion_pytorch_model.safetensors", tensors, {"format": "pt"})

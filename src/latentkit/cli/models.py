@@ -1,5 +1,6 @@
 """`latentkit inspect`, `convert` and `diff`: model files of any layout."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,13 +53,18 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for title, part in found["parts"].items():
         types = ", ".join(f"{count} {kind}" for kind, count in part["types"].items())
         lines.append(f"  {title:<13} {part['parameters'] / 1e6:10,.2f} M in {part['tensors']} tensors ({types})")
-    lines += [f"  | {line}" for line in found["network"]]
+        lines += [f"  | {line}" for line in part["picture"]]
     if found["averaged"]:
-        lines.append("  has averaged weights too")
-    for kind, names in found["ignored"].items():
-        lines.append(f"  left aside: {kind} ({len(names)}: {names[0]}{', ...' if len(names) > 1 else ''})")
+        other = "convert --plain takes the others" if found["averaged"] == "taken" else "convert --averaged takes them"
+        lines.append(f"  has averaged weights, which are {found['averaged']}; {other}")
+    lines += _aside(found["left"])
     lines += [f"  suspicious: {name} {why}" for name, why in found["suspicious"].items()]
     return lines + [f"  wrong: {line}" for line in found["wrong"]]
+
+
+def _aside(left: Mapping[str, list[str]]) -> list[str]:
+    """Names of what takes no part in a model, a line for each kind."""
+    return [f"  left aside: {kind}: {', '.join(names)}" for kind, names in left.items() if names]
 
 
 def convert(
@@ -87,9 +93,9 @@ def convert(
     from typing import cast, get_args
 
     from latentkit.checkpoints.exchange import with_part
-    from latentkit.checkpoints.layouts import TYPES, Layout, differences, open_model, write_model
-    from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE
+    from latentkit.checkpoints.layouts import TYPES, Layout, open_model, write_model
     from latentkit.checkpoints.probe import settle
+    from latentkit.checkpoints.storage.folders import undone
     from latentkit.cli.adapters import bake, converted
     from latentkit.errors import InputError, nearest
 
@@ -115,24 +121,45 @@ def convert(
         settle(opened.model, str(source))
     if lora:
         bake(opened.model, lora, wanted)
-    write_model(target, opened, cast(Layout, to), wanted)
-    again = open_model(target)
+    with undone(target):
+        write_model(target, opened, cast(Layout, to), wanted)
+        lines, proof = _proven(target, opened, to, wanted)
+    typer.echo("".join(f"{line}\n" for line in lines + _aside(opened.left)), nl=False)
+    put_in = [str(path) for path in (vae, unet) if path is not None] + (lora or [])
+    origin = " with ".join([str(source), *([" and ".join(put_in)] if put_in else [])])
+    typer.echo(f"{target}: read back, {proof} tensors bit for bit the same as in {origin}")
+
+
+def _proven(target: Path, opened: Any, to: str, dtype: Any) -> tuple[list[str], str]:
+    """What is to be said of a model that was written, and how many of its tensors are the same; InputError if wrong."""
+    from latentkit.checkpoints.layouts import differences, open_model
+    from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE
+    from latentkit.errors import InputError
+
+    again, lines = open_model(target), []
     expected = {
-        name: tensor.to(wanted) if wanted and not name.startswith("first_stage.latent") else tensor
+        name: tensor.to(dtype) if dtype and not name.startswith("first_stage.latent") else tensor
         for name, tensor in opened.model.state_dict().items()
     }
     apart = differences(expected, again.model.state_dict())
     folded = {name for name in apart if name.startswith((f"{OUR_FIRST_STAGE}to_", f"{OUR_FIRST_STAGE}from_"))}
     statistics = {name for name in apart if name.startswith("first_stage.latent")}
     if (folded or statistics) and apart.keys() == folded | statistics and to != "latentkit":
-        typer.echo(f"  latent statistics were folded into {len(folded)} tensors of the autoencoder")
+        lines.append(f"  latent statistics were folded into {len(folded)} tensors of the autoencoder")
     elif apart:
         first = next(iter(apart))
         raise InputError(f"{target} is not what was to be written: {first}: {apart[first]}, and {len(apart) - 1} more")
-    count = len(expected) - len(apart)
-    put_in = [str(path) for path in (vae, unet) if path is not None] + (lora or [])
-    origin = " with ".join([str(source), *([" and ".join(put_in)] if put_in else [])])
-    typer.echo(f"{target}: read back, {count} of {len(expected)} tensors bit for bit the same as in {origin}")
+    return lines + _lost(opened, again), f"{len(expected) - len(apart)} of {len(expected)}"
+
+
+def _lost(opened: Any, again: Any) -> list[str]:
+    """What of a model besides its weights is not in what was written, by name."""
+    from latentkit.checkpoints.doctor.difference import fields_apart
+
+    names = [*fields_apart(opened.model.architecture, again.model.architecture)]
+    names += fields_apart(opened.model.state(), again.model.state())
+    names += sorted(opened.provenance.keys() - again.provenance.keys() - {"name"})
+    return [f"  not held by this layout: {', '.join(names)}"] if names else []
 
 
 def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: list[str]) -> bool:
@@ -141,6 +168,8 @@ def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: lis
     from latentkit.checkpoints.files import load_autoencoder, save_autoencoder
     from latentkit.checkpoints.layouts import differences
     from latentkit.checkpoints.lone import lone_first_stage, lone_part, write_first_stage
+    from latentkit.checkpoints.names.rename import blocks
+    from latentkit.checkpoints.storage.folders import undone
     from latentkit.errors import InputError
 
     if is_tiny(source):
@@ -152,20 +181,22 @@ def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: lis
     if stage is None or given:
         what = f"{source} is a {lone.part} alone" + (f", which takes no --{' and no --'.join(given)}" if given else "")
         raise InputError(f"{what}; {_put_in(source, target, to, 'vae' if stage else 'unet')}", exit_code=2)
-    if to == "latentkit":
-        save_autoencoder(target, stage, {"source": f"{lone.part} alone"}, dtype or stage.dtype)
-        again = load_autoencoder(target, dtype=None)
-    else:
-        write_first_stage(target, stage, to, dtype)
-        again = lone_first_stage(target) or stage
-    assert stage.autoencoder is not None
-    assert again.autoencoder is not None
-    expected = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stage.autoencoder.state_dict().items()}
-    apart = differences(expected, again.autoencoder.state_dict())
-    if apart:
-        raise InputError(
-            f"{target} is not what was to be written: {next(iter(apart))} and {len(apart) - 1} more differ"
-        )
+    with undone(target):
+        if to == "latentkit":
+            save_autoencoder(target, stage, {"source": f"{lone.part} alone"}, dtype or stage.dtype)
+            again = load_autoencoder(target, dtype=None)
+        else:
+            write_first_stage(target, stage, to, dtype)
+            again = lone_first_stage(target) or stage
+        assert stage.autoencoder is not None
+        assert again.autoencoder is not None
+        expected = {name: tensor.to(dtype or tensor.dtype) for name, tensor in stage.autoencoder.state_dict().items()}
+        if apart := differences(expected, again.autoencoder.state_dict()):
+            more = f"{next(iter(apart))} and {len(apart) - 1} more differ"
+            raise InputError(f"{target} is not what was to be written: {more}")
+    typer.echo(
+        "".join(f"{line}\n" for line in _aside({"what takes no part": blocks(lone.aside, lone.names)})), nl=False
+    )
     typer.echo(f"{target}: read back, {len(expected)} of {len(expected)} tensors bit for bit the same as in {source}")
     return True
 

@@ -19,6 +19,7 @@ from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.names.diffusers_configs import unet_json
 from latentkit.checkpoints.names.rename import Complaints, given, taken
 from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
+from latentkit.checkpoints.storage.folders import whole_folder
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -186,8 +187,9 @@ def write_control(path: str | Path, network: ControlNet, layout: Layout) -> None
         write_tensors(path, {PREFIX + name: tensor for name, tensor in tensors.items()}, {"format": "pt", **said})
         return
     config = _json(network)
-    write_tensors(path / WEIGHTS, tensors, {"format": "pt"})
-    write_json(path / "config.json", config)
+    with whole_folder(path) as new:
+        write_tensors(new / WEIGHTS, tensors, {"format": "pt"})
+        write_json(new / "config.json", config)
 
 
 def _json(network: ControlNet) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.lone import lone_part
 from latentkit.checkpoints.names.ldm_names import UNET
 from latentkit.checkpoints.storage.archive import read_archive, read_json
+from latentkit.checkpoints.storage.folders import undone
 from latentkit.errors import InputError, nearest
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.model.presets import PRESETS
@@ -233,6 +234,11 @@ def convert(source: Path, target: Path, kind: Kind, to: str, base: LatentDiffusi
         raise InputError(f"layout {to!r} is none of a {kind}; {nearest(to, allowed)}", exit_code=2)
     if target.exists():
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
+    with undone(target):
+        return _converted(source, target, kind, to, base)
+
+
+def _converted(source: Path, target: Path, kind: Kind, to: str, base: LatentDiffusion | None) -> str:
     if kind == "ControlNet":
         title, found = find_control(source, base)
         write_control(target, found.network, to)  # type: ignore[arg-type]

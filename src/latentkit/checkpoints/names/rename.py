@@ -4,6 +4,7 @@ A list is made from a network (`ldm_names.py`, `diffusers_names.py`, `tower_name
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -17,6 +18,8 @@ from latentkit.errors import InputError
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHOWN = 5
 """Names that an error shows of each kind."""
+FEW = 3
+"""Names of a block up to which each is written out."""
 
 
 class Pair(NamedTuple):
@@ -76,6 +79,25 @@ def listed(names: Iterable[str], most: int | None = SHOWN) -> str:
     shown = ordered if most is None else ordered[:most]
     rest = f" and {len(ordered) - len(shown)} more" if len(ordered) > len(shown) else ""
     return ", ".join(shown) + rest + (" is" if len(ordered) == 1 else " are")
+
+
+def blocks(names: Iterable[str], there: Iterable[str]) -> list[str]:
+    """The names in order, those of one block as `block.* (12)` where all that is `there` of it is among them."""
+    wanted = set(names)
+    rest = [name for name in there if name not in wanted]
+    found, left = [], sorted(wanted)
+    while left:
+        block, inside = left[0], 1
+        for end in (match.end() for match in re.finditer(r"\.", left[0])):
+            start = left[0][:end]
+            inside = sum(name.startswith(start) for name in left)
+            if inside > FEW and not any(name.startswith(start) for name in rest):
+                block = f"{start}* ({inside})"
+                break
+            inside = 1
+        found.append(block)
+        left = left[1:] if inside == 1 else [name for name in left if not name.startswith(start)]
+    return found
 
 
 def prefixed(pairs: Iterable[Pair], theirs: str, ours: str = "") -> list[Pair]:

@@ -30,7 +30,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     wrong = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not finite(tensor)]
     if wrong:
-        raise InputError(f"nothing was written to {path}: {listed(wrong)} not finite")
+        kind = str(tensors[wrong[0]].dtype).removeprefix("torch.")
+        raise InputError(f"nothing was written to {path}: {listed(wrong)} not finite in {kind}")
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
