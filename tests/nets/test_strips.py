@@ -127,3 +127,23 @@ def test_only_strips_pass_through_the_network(monkeypatch: pytest.MonkeyPatch) -
     most = max(sizes)
     Strips(network).decode(torch.zeros(1, 4, 256, 8))
     assert max(sizes) == most < 64 * 8 * 16 * 32
+
+
+def test_what_was_read_for_the_last_time_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(strips, "ELEMENTS", 1 << 15)
+    made_new: list[int] = []
+    new = strips.Memory._new
+
+    def spy(memory: strips.Memory, count: int) -> Tensor:
+        made_new.append(count)
+        return new(memory, count)
+
+    monkeypatch.setattr(strips.Memory, "_new", spy)
+    network = made(CONFIGS["kl"], torch.float32)
+    Strips(network).decode(torch.zeros(1, 4, 64, 24))
+    assert (
+        64 <= len(made_new) <= 68
+    )  # four rows each of the last upsampling, which becomes two fields of half its width
+    made_new.clear()
+    Strips(network).encode(torch.zeros(1, 3, 256, 96))
+    assert 52 <= len(made_new) <= 56  # ten rows each of two fields

@@ -250,7 +250,8 @@ class Upsample(nn.Module):
 
     def merged(self) -> Tensor:
         """The kernel of the transposed convolution."""
-        return _merged(_merged(self.conv.weight.float(), 2), 3).transpose(0, 1).to(self.conv.weight.dtype)
+        kernel = _merged(_merged(self.conv.weight.float(), 2), 3).transpose(0, 1)
+        return kernel.to(self.conv.weight.dtype, memory_format=torch.contiguous_format)
 
     def doubled(self, x: Tensor, merged: Tensor) -> Tensor:
         """`b c h w -> b c 2h 2w` by the transposed convolution."""

@@ -7,6 +7,7 @@ too: the softmax runs over the keys strip by strip (Milakov & Gimelshein 2018).
 """
 
 import math
+import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,80 +23,119 @@ from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, bf16_on_c
 
 ELEMENTS = 1 << 22
 """Elements of a strip, halo apart."""
-CACHED = 1 << 18
-"""Elements that a CPU works on at a time in wide floats, so that they stay in its cache."""
+
+
+class Moments:
+    """Mean and variance of every channel over pixels, `c` float64 each, of what was added so far."""
+
+    def __init__(self, channels: int) -> None:
+        self.count = 0
+        self.mean, self.square = torch.zeros(2, channels, dtype=torch.float64)
+
+    def add(self, rows: Tensor) -> None:
+        """Add the pixels of `1 c h w` (Chan et al. 1983)."""
+        c, wide = rows.shape[1], _wide(rows)
+        if rows.device.type == "cpu":
+            unused, other = torch.zeros(2, c, dtype=wide)
+            mean, variance = torch.batch_norm_update_stats(rows, unused, other, 0.0)
+        else:
+            variance, mean = torch.var_mean(rows.to(wide), (0, 2, 3), correction=0)
+        mean, variance = (value.double().cpu() for value in (mean, variance))
+        count = rows.numel() // c
+        total, step = self.count + count, mean - self.mean
+        self.square += count * variance + step.square() * (self.count * count / total)
+        self.mean += step * (count / total)
+        self.count = total
+
+    def grouped(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each channel's group, `c` each."""
+        means, variances = (value.unflatten(0, (groups, -1)) for value in (self.mean, self.square / self.count))
+        mean = means.mean(1, keepdim=True)
+        variance = (variances + (means - mean).square()).mean(1, keepdim=True)
+        return mean.expand_as(means).flatten(), variance.expand_as(means).flatten()
+
+
+class Memory:
+    """Room for strips, in host memory or in files of the folder `spill`; what is given back is taken again.
+
+    Apart from the allocator's memory, which would not go back to the system, and not new each time: on a CPU the pages
+    of new memory cost more than all that the norms do.
+    """
+
+    def __init__(self, dtype: torch.dtype, spill: str | None) -> None:
+        self.dtype, self.spill = dtype, spill
+        self.free: list[Tensor] = []
+
+    def take(self, count: int) -> Tensor:
+        """`count` elements, of a room for at least `ELEMENTS`."""
+        fitting = [index for index, room in enumerate(self.free) if room.numel() >= count]
+        return self.free.pop(fitting[0]) if fitting else self._new(max(count, ELEMENTS))
+
+    def _new(self, count: int) -> Tensor:
+        if self.spill is None:
+            return torch.frombuffer(mmap.mmap(-1, count * self.dtype.itemsize), dtype=self.dtype)
+        with tempfile.NamedTemporaryFile(dir=self.spill, delete=False) as file:
+            path = Path(file.name)
+        try:
+            return torch.from_file(str(path), shared=True, size=count, dtype=self.dtype)
+        finally:
+            path.unlink()  # the memory keeps the file as long as it is needed
 
 
 class Field:
-    """A `1 c h w` in host memory or a file, read and written by rows, and the sums over pixels that norms need."""
+    """A `1 c h w` outside of the device, strip by strip until each is released; and what norms need of it."""
 
-    def __init__(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, spill: str | None):
-        _, c, h, w = shape
-        self.shape: tuple[int, int, int, int] = shape
-        self.device = device
-        if spill is None:
-            self.data = torch.empty(1, h, w, c, dtype=dtype)
-        else:
-            with tempfile.NamedTemporaryFile(dir=spill, delete=False) as file:
-                path = Path(file.name)
-            self.data = torch.from_file(str(path), shared=True, size=c * h * w, dtype=dtype).view(1, h, w, c)
-            path.unlink()  # the memory keeps the file as long as it is needed
-        self.sums = _sums(c)
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, memory: Memory) -> None:
+        self.shape, self.device, self.memory = shape, device, memory
+        self.moments = Moments(shape[1])
+        self.rooms: dict[tuple[int, int], Tensor] = {}
 
-    def rows(self, start: int, stop: int) -> Tensor:
-        """Rows on the device, channels last."""
-        return self.data[:, start:stop].to(self.device).permute(0, 3, 1, 2)
-
-    def write(self, start: int, strip: Tensor) -> None:
-        """Put rows in, and add them to the sums."""
-        self.data[:, start : start + strip.shape[2]] = strip.permute(0, 2, 3, 1)
-        _add(self.sums, strip)
-
-
-class Doubled:
-    """An upsampled source whose rows are computed whenever they are read: it is nowhere whole."""
-
-    shape: tuple[int, int, int, int]
-
-    def __init__(self, x: "Field | Doubled", upsample: Upsample) -> None:
-        _, c, h, w = x.shape
-        self.x, self.upsample = x, upsample
-        self.merged = upsample.merged() if bf16_on_cpu(upsample.conv.weight) else None
-        self.shape = (1, c, 2 * h, 2 * w)
-        self.sums = _sums(c)
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, Tensor]]:
+        """(first row, last row + 1, `1 rows w c`) of the parts of strips between two rows."""
+        _, c, _, w = self.shape
+        for (a, z), room in self.rooms.items():
+            low, high = max(a, start), min(z, stop)
+            if low < high:
+                yield low, high, room[(low - a) * w * c : (high - a) * w * c].view(1, high - low, w, c)
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows on the device, channels last."""
-        low, high = max(start // 2 - 1, 0), min(-(-stop // 2) + 1, self.x.shape[2])
-        rows = self.x.rows(low, high)
-        rows = self.upsample(rows) if self.merged is None else self.upsample.doubled(rows, self.merged)
-        return rows[:, :, start - 2 * low : stop - 2 * low]
+        """Rows on the device, channels last; valid until they are released."""
+        parts = [part.to(self.device) for _, _, part in self._between(start, stop)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).permute(0, 3, 1, 2)
 
+    def put(self, start: int, rows: Tensor) -> None:
+        """Put rows in; the first time from the top down."""
+        _, c, _, w = self.shape
+        stop = start + rows.shape[2]
+        for a, z in _strips(self.shape):
+            if a < stop and z > start and (a, z) not in self.rooms:
+                self.rooms[a, z] = self.memory.take((z - a) * w * c)
+        for low, high, part in self._between(start, stop):
+            part.copy_(rows[:, :, low - start : high - start].permute(0, 2, 3, 1))
 
-Source = Field | Doubled
+    def write(self, start: int, rows: Tensor) -> None:
+        """Put rows in, and add them to the moments."""
+        self.put(start, rows)
+        self.moments.add(rows)
+
+    def release(self, row: int) -> None:
+        """Give back the strips that end above `row`."""
+        for part in [part for part in self.rooms if part[1] <= row]:
+            self.memory.free.append(self.rooms.pop(part))
 
 
 class Normalised:
     """Rows of `x` after `norm`, with the statistics of the whole picture, and SiLU."""
 
-    def __init__(self, norm: nn.GroupNorm, x: Source, *, silu: bool = True) -> None:
-        _, c, h, w = x.shape
-        mean, square = (x.sums / (h * w)).unflatten(1, (norm.num_groups, -1)).mean(2, keepdim=True)
-        rate = (square - mean * mean).clamp_min(0).add(norm.eps).rsqrt()
-        mean, rate = (value.expand(norm.num_groups, c // norm.num_groups).flatten() for value in (mean, rate))
-        scale = rate * norm.weight.double().cpu()
-        shift = norm.bias.double().cpu() - mean * scale
-        self.silu = silu
-        self.tables = shift, scale
+    def __init__(self, norm: nn.GroupNorm, x: Field, *, silu: bool = True) -> None:
+        self.silu, self.eps = silu, norm.eps
+        self.tables = *x.moments.grouped(norm.num_groups), norm.weight, norm.bias
 
     def __call__(self, rows: Tensor) -> Tensor:
         """`1 c h w -> 1 c h w`, channels last."""
-        shift, scale = (table.to(rows.device, _wide(rows)) for table in self.tables)
-        result = torch.empty_like(rows, memory_format=torch.channels_last)
-        for part, written in zip(_pieces(rows), _pieces(result)):
-            pixels = torch.addcmul(shift, part.to(_wide(part)), scale)
-            written.copy_(F.silu(pixels, inplace=True) if self.silu else pixels)
-        return result
+        mean, variance, weight, bias = (table.to(rows.device, _wide(rows)) for table in self.tables)
+        result = F.batch_norm(rows, mean, variance, weight, bias, eps=self.eps)
+        return F.silu(result, inplace=True) if self.silu else result
 
 
 class Strips:
@@ -106,9 +146,9 @@ class Strips:
 
     def __init__(self, network: Autoencoder, spill: str | Path | None = None) -> None:
         self.network = network
-        self.spill = None if spill is None else str(spill)
         weight = network.from_latent.weight
         self.dtype, self.device = weight.dtype, weight.device
+        self.memory = Memory(self.dtype, None if spill is None else str(spill))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Posterior:
@@ -127,7 +167,7 @@ class Strips:
             rows = pixels[:, :, start * stem : stop * stem].to(self.device, self.dtype)
             return F.pixel_unshuffle(rows, stem) if stem > 1 else rows
 
-        x: Source = self._made(shape, lambda a, z: _convolved(encoder.conv_in, unshuffled, a, z, shape[2]))
+        x = self._made(shape, lambda a, z: _convolved(encoder.conv_in, unshuffled, a, z, shape[2]))
         for level in encoder.levels:
             x = self._level(level, x)  # type: ignore[arg-type]
         x = self._middle(encoder.middle, x)
@@ -147,17 +187,17 @@ class Strips:
             rows = z[:, :, start:stop].to(self.device, self.dtype)
             return network.from_latent(rows if rounding is None else rounding(rows))
 
-        x: Source = self._made(
+        x = self._made(
             (1, decoder.conv_in.out_channels, h, w), lambda a, z: _convolved(decoder.conv_in, latents, a, z, h)
         )
         x = self._middle(decoder.middle, x)
         for level in decoder.levels:
-            x = self._level(level, x, last=level is decoder.levels[-2:][0])  # type: ignore[arg-type]
+            x = self._level(level, x)  # type: ignore[arg-type]
         shuffle = nn.PixelShuffle(decoder.stem) if decoder.stem > 1 else nn.Identity()
         return self._last(decoder.norm_out, decoder.conv_out, x, shuffle, decoder.stem)
 
     def _field(self, shape: tuple[int, int, int, int]) -> Field:
-        return Field(shape, self.dtype, self.device, self.spill)
+        return Field(shape, self.device, self.memory)
 
     def _made(self, shape: tuple[int, int, int, int], make: Callable[[int, int], Tensor]) -> Field:
         """A field of what `make(start, stop)` gives for each strip of rows."""
@@ -166,7 +206,7 @@ class Strips:
             field.write(start, make(start, stop))
         return field
 
-    def _last(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Source, then: nn.Module, grown: int = 1) -> Tensor:
+    def _last(self, norm: nn.GroupNorm, conv: nn.Conv2d, x: Field, then: nn.Module, grown: int = 1) -> Tensor:
         """The last norm and convolution, and `then`, in host memory: `1 c h w`, `grown` times as many rows."""
         _, _, h, _ = x.shape
         normalised, whole = Normalised(norm, x), None
@@ -178,59 +218,68 @@ class Strips:
         assert whole is not None
         return whole
 
-    def _level(self, level: Level, x: Source, last: bool = False) -> Source:
+    def _level(self, level: Level, x: Field) -> Field:
         for index, block in enumerate(level.blocks):
             x = self._residual(block, x)  # type: ignore[arg-type]
             if level.attentions:
                 x = self._attention(level.attentions[index], x)  # type: ignore[arg-type]
-        return x if level.resample is None else self._resampled(level.resample, x, last)
+        return x if level.resample is None else self._resampled(level.resample, x)
 
-    def _middle(self, middle: Middle, x: Source) -> Source:
+    def _middle(self, middle: Middle, x: Field) -> Field:
         x = self._residual(middle.block_in, x)
         return self._residual(middle.block_out, x if middle.attention is None else self._attention(middle.attention, x))
 
-    def _residual(self, block: ResidualBlock, x: Source) -> Field:
+    def _residual(self, block: ResidualBlock, x: Field) -> Field:
         """The sum is built where the skipped branch lies, which is x itself where it can be."""
         _, _, h, w = x.shape
         shape = 1, block.conv_in.out_channels, h, w
-        kept = isinstance(x, Field) and isinstance(block.skip, nn.Identity)
-        total = x if kept and isinstance(x, Field) else self._field(shape)
+        kept = isinstance(block.skip, nn.Identity)
+        total = x if kept else self._field(shape)
         inner, normalised = self._field(shape), Normalised(block.norm_in, x)
         for start, stop in _strips(x.shape):
             low, high = max(start - 1, 0), min(stop + 1, h)
             rows = x.rows(low, high)
             inner.write(start, _cut(block.conv_in, normalised(rows), start - low, high - stop))
             if not kept:
-                skipped = block.skip(rows[:, :, start - low : stop - low])
-                total.data[:, start:stop] = skipped.permute(0, 2, 3, 1)
-        del x
-        total.sums, normalised = _sums(shape[1]), Normalised(block.norm_out, inner)
+                total.put(start, block.skip(rows[:, :, start - low : stop - low]))
+                x.release(h if stop == h else stop - 1)
+        total.moments, normalised = Moments(shape[1]), Normalised(block.norm_out, inner)
         for start, stop in _strips(shape):
             added = _convolved(block.conv_out, lambda i, j: normalised(inner.rows(i, j)), start, stop, h)
             total.write(start, added.add_(total.rows(start, stop)))
+            inner.release(h if stop == h else stop - 1)
         return total
 
-    def _resampled(self, resample: nn.Module, x: Source, last: bool) -> Source:
-        """The last upsampling gives the largest of all fields, and is done twice rather than kept."""
+    def _resampled(self, resample: nn.Module, x: Field) -> Field:
         _, c, h, w = x.shape
-        if isinstance(resample, Downsample):  # output rows a to z take input rows 2 a to 2 z, and one more
-            return self._made((1, c, h // 2, w // 2), lambda a, z: resample(x.rows(2 * a, min(2 * z + 1, h))))
-        assert isinstance(resample, Upsample)
-        doubled = Doubled(x, resample)
-        if not last:
-            return self._made(doubled.shape, doubled.rows)
-        for start, stop in _strips(doubled.shape):
-            _add(doubled.sums, doubled.rows(start, stop))
-        return doubled
+        if isinstance(resample, Downsample):
 
-    def _attention(self, module: PixelAttention, x: Source) -> Field:
+            def halved(start: int, stop: int) -> Tensor:
+                rows = resample(x.rows(2 * start, min(2 * stop + 1, h)))
+                x.release(2 * stop)
+                return rows
+
+            return self._made((1, c, h // 2, w // 2), halved)
+        assert isinstance(resample, Upsample)
+        merged = resample.merged() if bf16_on_cpu(resample.conv.weight) else None
+
+        def doubled(start: int, stop: int) -> Tensor:
+            low, high = max(start // 2 - 1, 0), min(stop // 2 + 1, h)
+            rows = x.rows(low, high)
+            rows = resample(rows) if merged is None else resample.doubled(rows, merged)
+            x.release(h if stop == 2 * h else stop // 2 - 1)
+            return rows[:, :, start - 2 * low : stop - 2 * low]
+
+        return self._made((1, c, 2 * h, 2 * w), doubled)
+
+    def _attention(self, module: PixelAttention, x: Field) -> Field:
         """Queries a strip at a time, and for each the keys a strip at a time; their scores are elements, too."""
         attention, scale = module.attention, x.shape[1] ** -0.5
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         b, c, h, w = x.shape
         parts = list(_strips((b, max(c, math.isqrt(ELEMENTS)), h, w)))
 
-        def tokens(field: Source, start: int, stop: int) -> Tensor:
+        def tokens(field: Field, start: int, stop: int) -> Tensor:
             return field.rows(start, stop).flatten(2).transpose(1, 2)
 
         normalised = Normalised(module.norm, x, silu=False)
@@ -256,6 +305,8 @@ class Strips:
         field = self._field((b, c, h, w))
         for start, stop in parts:
             field.write(start, attended(start, stop))
+        for done in (x, normed, keys, values):
+            done.release(h)
         return field
 
 
@@ -282,24 +333,6 @@ def _cut(conv: nn.Module, rows: Tensor, above: int, below: int) -> Tensor:
 def _wide(x: Tensor) -> torch.dtype:
     """The type of statistics of x."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _pieces(x: Tensor) -> Iterator[Tensor]:
-    """The pixels of `1 c h w` as `n c`; on a CPU some at a time."""
-    table = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-    yield from table.split(max(1, CACHED // x.shape[1]) if x.device.type == "cpu" else len(table))
-
-
-def _sums(channels: int) -> Tensor:
-    return torch.zeros(2, channels, dtype=torch.float64)
-
-
-def _add(sums: Tensor, strip: Tensor) -> None:
-    """Add values and squares of the pixels of a strip."""
-    for part in _pieces(strip):
-        pixels = part.to(_wide(part))
-        sums[0] += pixels.sum(0).double().cpu()
-        sums[1] += (pixels * pixels).sum(0).double().cpu()
 
 
 def _picture(tokens: Tensor, height: int) -> Tensor:
