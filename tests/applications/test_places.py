@@ -157,7 +157,7 @@ def test_what_cannot_be_done(semantic_map: Attachment, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=message) as caught:
             resolve(request, network, {})
         assert caught.value.exit_code == 2, message
-    with pytest.raises(InputError, match=r"layout\.0\.4: must be at most 1"):
+    with pytest.raises(InputError, match="bottom of layout 1: must be at most 1"):
         ask(layout=[[3, 0.0, 0.0, 0.5, 1.5]])
     assert resolve(Request(init=semantic_map, layout=BOXES), LAYOUT.network, {}).task == "image-to-image"
 
