@@ -206,18 +206,28 @@ def _put_in(part: Path, target: Path, to: str, option: str) -> str:
 
 
 def diff(
-    first: Annotated[Path, typer.Argument(help="A model of any layout.")],
-    second: Annotated[Path, typer.Argument(help="Another.")],
+    first: Annotated[Path, typer.Argument(help="A model of any layout, a part of one, a LoRA, ControlNet, inversion.")],
+    second: Annotated[Path, typer.Argument(help="Another of that kind.")],
+    base: Annotated[
+        Path | None, typer.Option(help="The model that adapters are for, where that is none of Stable Diffusion's.")
+    ] = None,
 ) -> None:
-    """Say in which weights two models differ; exit code 1 if they do."""
+    """Say in which weights two models, parts of models or adapters differ; exit code 1 if they do."""
+    from latentkit.checkpoints.doctor.difference import compared, fields_apart
     from latentkit.checkpoints.layouts import differences, open_model
+    from latentkit.errors import InputError
 
-    one, other = (open_model(located(path)).model for path in (first, second))
-    apart = differences(one.state_dict(), other.state_dict())
+    model = open_model(located(base)).model if base else None
+    one, other = (compared(located(path), model) for path in (first, second))
+    if one.kind != other.kind:
+        raise InputError(f"{first} is a {one.kind} and {second} is a {other.kind}; give two of a kind", exit_code=2)
+    apart, said = differences(one.weights, other.weights), fields_apart(one.said, other.said)
+    if None in said.get("statistics", ()):  # a bare file does not say them
+        del said["statistics"]
     for name, why in apart.items():
         typer.echo(f"{name}: {why}")
-    if one.architecture != other.architecture:
-        typer.echo("their architectures differ")
-    typer.echo(f"{len(apart)} of {len(one.state_dict().keys() | other.state_dict().keys())} tensors differ")
-    if apart:
+    for name, values in said.items():
+        typer.echo(f"{name} differs: {' and '.join(str(value)[:80] for value in values)}")
+    typer.echo(f"{len(apart)} of {len(one.weights.keys() | other.weights.keys())} tensors differ")
+    if apart or said:
         raise typer.Exit(1)
