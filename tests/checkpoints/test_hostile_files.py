@@ -3,20 +3,16 @@
 import collections
 import io
 import json
-import os
 import pickle
 import shutil
 import struct
-import subprocess
-import time
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import family
 import pytest
 import torch
+from hostile import BOMBS, CALLABLES, PROGRAMS, SAFETENSORS, Gadget, calling, checkpoint, good, zips
 
 from latentkit.checkpoints.diffusers_folder import INDEX, read_folder, write_folder
 from latentkit.checkpoints.layouts import open_model
@@ -25,72 +21,13 @@ from latentkit.checkpoints.storage.pickles import INERT, read_pickle
 from latentkit.errors import InputError
 
 
-def checkpoint(path: Path, program: bytes, entries: dict[str, bytes] | None = None, **options: Any) -> Path:
-    """A zip as torch.save writes it, around any pickle."""
-    with zipfile.ZipFile(path, "w", **options) as archive:
-        archive.writestr("archive/data.pkl", program)
-        for name, data in (entries if entries is not None else {"data/0": bytes(16), "version": b"3\n"}).items():
-            archive.writestr(f"archive/{name}", data)
-    return path
-
-
-@pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Whatever a gadget would call is caught; a second is the most that a refusal may take."""
-    called: list[str] = []
-    for module, name in ((os, "system"), (os, "popen"), (os, "execv"), (subprocess, "Popen")):
-        monkeypatch.setattr(module, name, lambda *_, name=name, **__: called.append(name))
-    start = time.process_time()
-    yield called
-    assert time.process_time() - start < 1
-    assert called == []
-
-
-CALLABLES = [
-    "os system", "posix system", "nt system", "os popen", "os execv", "os remove", "os putenv", "subprocess Popen",
-    "subprocess check_output", "subprocess run", "builtins eval", "builtins exec", "builtins compile",
-    "builtins __import__", "builtins getattr", "builtins setattr", "builtins open", "builtins map", "builtins print",
-    "builtins globals", "__builtin__ eval", "__builtin__ file", "importlib import_module", "runpy run_path",
-    "runpy _run_code", "pty spawn", "socket socket", "socket create_connection", "shutil rmtree", "shutil move",
-    "webbrowser open", "ctypes CDLL", "code InteractiveInterpreter", "timeit timeit", "cProfile run", "pdb run",
-    "types FunctionType", "types CodeType", "marshal loads", "pickle loads", "_pickle loads", "dill loads",
-    "torch load", "torch.hub load", "torch.jit load", "torch.serialization load", "torch _C",
-    "torch.storage _load_from_bytes", "torch.utils._config_module load_config",
-    "torch._utils _rebuild_wrapper_subclass", "torch._tensor _rebuild_from_type_v2", "torch.package PackageImporter",
-    "torch.distributed.rpc rpc_sync", "numpy load", "numpy.testing._private.utils runstring",
-    "numpy.f2py.crackfortran getlincoef", "numpy.ctypeslib load_library", "operator attrgetter",
-    "operator methodcaller", "functools partial", "itertools starmap", "copyreg _reconstructor", "copyreg __newobj__",
-    "collections namedtuple", "collections.abc Callable", "logging.config listen", "pip main", "pip._internal main",
-    "ensurepip _run_pip", "setuptools sandbox", "asyncio run", "multiprocessing Process", "threading Thread",
-    "atexit register", "signal signal", "sys exit", "sys setprofile", "gc get_objects", "inspect getattr_static",
-    "zipfile ZipFile", "tarfile open", "tempfile mkstemp", "urllib.request urlopen", "http.client HTTPSConnection",
-    "ftplib FTP", "smtplib SMTP", "sqlite3 connect", "requests get", "aiohttp client", "transformers AutoModel",
-    "lib2to3 main", "latentkit.checkpoints.files load", "builtins.__class__ x", "pytorch_lightningx evil",
-    "omegaconfx evil", "collections OrderedDict.fromkeys", "torch FloatStorage.from_file",
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("form", ["GLOBAL", "STACK_GLOBAL"])
 @pytest.mark.parametrize("name", CALLABLES)
 def test_gadgets_are_refused_by_name(name: str, form: str, tmp_path: Path, quiet: list[str]) -> None:
-    module, function = name.split(" ")
-    if form == "GLOBAL":
-        start = b"c" + f"{module}\n{function}\n".encode()
-    else:
-        start = b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, function)) + b"\x93"
-    command = b"X\x0c\x00\x00\x00touch /tmp/x"
-    path = checkpoint(tmp_path / "model.ckpt", b"\x80\x04" + start + command + b"\x85R.")
+    path = checkpoint(tmp_path / "model.ckpt", calling(name, form))
     with pytest.raises(InputError, match="nothing was run") as caught:
         read_archive(path)
-    assert f"{module}.{function}" in str(caught.value)
-
-
-SYSTEM = os.system
-
-
-class Gadget:
-    def __reduce__(self) -> Any:
-        return SYSTEM, ("touch /tmp/x",)
+    assert name.replace(" ", ".") in str(caught.value)
 
 
 @pytest.mark.parametrize("place", ["value", "key", "callback", "state"])
@@ -108,64 +45,11 @@ def test_gadgets_inside_real_checkpoints_are_refused(place: str, tmp_path: Path,
         open_model(tmp_path / "model.ckpt")
 
 
-STORAGE = b"((X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x04tQ"
-TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
-
-
-def tensor(arguments: bytes, storage: bytes = STORAGE) -> bytes:
-    """A dict of one tensor rebuilt of these arguments."""
-    return b"\x80\x02}X\x01\x00\x00\x00w" + TENSOR + storage + arguments + b"tRs."
-
-
-PROGRAMS = {
-    "larger than its data": tensor(b"K\x00K\x05\x85K\x01\x85\x89N"),
-    "beyond its data": tensor(b"K\x03K\x02\x85K\x01\x85\x89N"),
-    "a bomb of stride 0": tensor(b"K\x00J\xff\xff\xff\x7f\x85K\x00\x85\x89N"),
-    "a bomb of two axes": tensor(b"K\x00J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86K\x00K\x00\x86\x89N"),
-    "a negative stride": tensor(b"K\x00K\x02\x85J\xff\xff\xff\xff\x85\x89N"),
-    "a negative size": tensor(b"K\x00J\xff\xff\xff\xff\x85K\x01\x85\x89N"),
-    "a negative offset": tensor(b"J\xff\xff\xff\xffK\x02\x85K\x01\x85\x89N"),
-    "more axes than strides": tensor(b"K\x00K\x02K\x02\x86K\x01\x85\x89N"),
-    "a size that is a text": tensor(b"K\x00X\x01\x00\x00\x00a\x85K\x01\x85\x89N"),
-    "no storage": tensor(b"K\x00K\x02\x85K\x01\x85\x89N", b"(N"),
-    "another storage": tensor(b"K\x00K\x02\x85K\x01\x85\x89N", STORAGE.replace(b"\x000X", b"\x009X")),
-    "a storage too long": tensor(b"K\x00K\x02\x85K\x01\x85\x89N", STORAGE.replace(b"K\x04", b"J\xff\xff\xff\x7f")),
-    "a storage of a negative length": tensor(
-        b"K\x00K\x02\x85K\x01\x85\x89N", STORAGE.replace(b"K\x04", b"J\xff\xff\xff\xff")
-    ),
-    "a persistent id that is a text": b"\x80\x02X\x01\x00\x00\x00aQ.",
-    "a call of a text": b"\x80\x02X\x01\x00\x00\x00a)R.",
-    "a call of a type": b"\x80\x02ctorch\nFloatStorage\n)R.",
-    "a call of a number": b"\x80\x02K\x01)R.",
-    "no end": b"\x80\x02}",
-    "nothing": b"",
-    "an empty stack": b"\x80\x02.",
-    "no mark": b"\x80\x02K\x01t.",
-    "an unknown memo": b"\x80\x02h\x07.",
-    "an extension code": b"\x80\x02\x82\x01.",
-    "a persistent id as a line": b"Pfoo\n.",
-    "an unknown instruction": b"\xfe.",
-    "a long text that is not there": b"\x80\x02X\xff\xff\xff\x7fabc.",
-    "a longer one": b"\x80\x04\x8d" + b"\xff" * 8 + b".",
-    "a list that sets items": b"\x80\x02]K\x01K\x02s.",
-    "a dict that is appended to": b"\x80\x02}K\x01a.",
-    "an item that cannot be a key": b"\x80\x02}]K\x01s.",
-    "a number that is none": b"Iabc\n.",
-    "text that is not UTF-8 as a name": b"c\xff\xff\n\xff\n.",
-    "only a number": b"\x80\x02K\x01.",
-    "itself within itself": b"\x80\x02]q\x00h\x00a.",
-}
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", PROGRAMS | BOMBS)
 def test_broken_programs_are_refused(name: str, tmp_path: Path, quiet: list[str]) -> None:
-    path = checkpoint(tmp_path / "model.ckpt", PROGRAMS[name])
+    path = checkpoint(tmp_path / "model.ckpt", (PROGRAMS | BOMBS)[name])
     with pytest.raises(InputError, match=r"model\.ckpt"):
         read_archive(path)
-
-
-def good() -> bytes:
-    return tensor(b"K\x00K\x02\x85K\x01\x85\x89N")
 
 
 def test_the_program_that_the_broken_ones_are_made_of_is_good(tmp_path: Path) -> None:
@@ -174,58 +58,19 @@ def test_the_program_that_the_broken_ones_are_made_of_is_good(tmp_path: Path) ->
 
 
 def test_zip_tricks_are_refused(tmp_path: Path, quiet: list[str]) -> None:
-    bomb = checkpoint(tmp_path / "bomb", good(), {"data/0": bytes(1 << 24)}, compression=zipfile.ZIP_DEFLATED)
-    two = checkpoint(tmp_path / "two", good(), {"data/0": bytes(16), "x/data.pkl": b"."})
-    with zipfile.ZipFile(two, "a") as archive:
-        archive.writestr("other/data.pkl", b"\x80\x02}.")
-    twice = checkpoint(tmp_path / "twice", good())
-    with zipfile.ZipFile(twice, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
-        archive.writestr("archive/data/0", bytes(16))
-    cut = tmp_path / "cut"
-    cut.write_bytes(checkpoint(tmp_path / "whole", good()).read_bytes()[:-30])
-    big = checkpoint(tmp_path / "swapped", good(), {"data/0": bytes(16), "byteorder": b"big"})
-    none = tmp_path / "none"
-    with zipfile.ZipFile(none, "w") as archive:
-        archive.writestr("a", b"b")
-    moved = bytearray(checkpoint(tmp_path / "moved", good()).read_bytes())
-    place = moved.rindex(b"PK\x01\x02")
-    moved[place + 42 : place + 46] = struct.pack("<I", 7)
-    (tmp_path / "moved").write_bytes(moved)
-    behind = bytearray(checkpoint(tmp_path / "behind", good()).read_bytes())
-    place = behind.rindex(b"PK\x01\x02")
-    behind[place + 20 : place + 28] = struct.pack("<II", 1 << 30, 1 << 30)
-    (tmp_path / "behind").write_bytes(behind)
-    for path in (bomb, two, twice, cut, big, none, tmp_path / "moved", tmp_path / "behind"):
+    for path in zips(tmp_path):
         with pytest.raises(InputError, match=path.name):
             read_archive(path)
 
 
-def header(content: Any, data: bytes = bytes(16), length: int | None = None) -> bytes:
-    text = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
-
-
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-SAFETENSORS = {
-    "a header of 2^63 bytes": header({"w": ENTRY}, length=1 << 63),
-    "a header of 90 MB": header({"w": ENTRY}, length=90_000_000),
-    "no JSON": header(b"{nonsense"),
-    "a list": header([1]),
-    "deep JSON": header(b'{"a":' * 50_000 + b"1" + b"}" * 50_000),
-    "behind the end": header({"w": ENTRY | {"data_offsets": [8, 1 << 40]}}),
-    "a negative offset": header({"w": ENTRY | {"data_offsets": [-8, 0]}}),
-    "a shape larger than its data": header({"w": ENTRY | {"shape": [1 << 40]}}),
-    "a shape that overflows": header({"w": ENTRY | {"shape": [1 << 33, 1 << 33]}}),
-    "a negative shape": header({"w": ENTRY | {"shape": [-2]}}),
-    "overlapping": header({"w": ENTRY, "v": ENTRY}),
-    "a hole": header({"w": ENTRY, "v": ENTRY | {"data_offsets": [12, 20]}}, bytes(20)),
-    "an unknown type": header({"w": ENTRY | {"dtype": "EVIL"}}),
-    "metadata that is no text": header({"__metadata__": {"a": 1}, "w": ENTRY}),
-    "more data than it says": header({"w": ENTRY}, bytes(99)),
-    "empty": b"",
-    "text": b"hello world, this is no model at all",
-    "a pickle of old": pickle.dumps({"a": 1}, 2) + bytes(20),
-}
+def test_a_list_of_entries_without_end_is_not_begun(tmp_path: Path, quiet: list[str]) -> None:
+    size = 1 << 25
+    with open(tmp_path / "model.ckpt", "wb") as file:
+        file.write(b"PK\x03\x04" + bytes(12))
+        file.seek(size, 1)
+        file.write(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 9, 9, size, 16, 0))
+    with pytest.raises(InputError, match=rf"its list of entries has {size} bytes"):
+        read_archive(tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("name", SAFETENSORS)

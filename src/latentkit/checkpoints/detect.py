@@ -260,7 +260,10 @@ def _described(text: str, what: str) -> tuple[Architecture, dict[str, Any], floa
         document = json.loads(text)
         fields = json.dumps(document["architecture"])
         architecture = TypeAdapter(Architecture).validate_json(fields, strict=True)
-        return architecture, dict(document["state"]), float(document["latent_scale"])
-    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
+        scale = float(document["latent_scale"])
+        if not 0 < scale < math.inf:
+            raise ValueError(f"latent_scale is {scale}")
+        return architecture, dict(document["state"]), scale
+    except (ArithmeticError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         first = (str(error).splitlines() or [""])[0][:120]
         raise InputError(f"{what}: its description {DESCRIPTION} is damaged ({first})") from None

@@ -35,7 +35,7 @@ SHIPPED = Path(__file__).resolve().parent.parent / "models"
 RUN_MODEL = "model.safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl", ".pickle")
 TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-MAX_SCHEDULE = 100_000
+MOST_BLOCKS = 2000
 CHUNK = 1 << 24
 Kind = Literal["latent-diffusion", "autoencoder"]
 
@@ -249,7 +249,7 @@ def load_model(
     path = Path(path)
     document, tensors = _read(path, "latent-diffusion", resting)
     architecture = _architecture(path, document, Architecture)
-    _check_cost(path, [architecture.network, architecture.first_stage, *architecture.towers()], len(tensors))
+    affordable(path, [architecture.network, architecture.first_stage, *architecture.towers()], len(tensors))
     try:
         with torch.device("meta"), Shapes():
             model = LatentDiffusion(architecture, document.state)
@@ -258,7 +258,7 @@ def load_model(
         if not fits or fit_network(architecture) != architecture:
             raise ValueError("its parts do not fit together")
     except Exception as error:
-        raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
+        raise InputError(f"{path}: its architecture cannot be built: {short(error)}") from None
     _fill(path, model, tensors, Place(torch.device(device), dtype), resting)
     return model, document.provenance
 
@@ -283,17 +283,18 @@ def load_autoencoder(
     if document.kind == "latent-diffusion":
         return load_model(path, device, dtype)[0].first_stage
     config = _architecture(path, document, FirstStageConfig)
-    _check_cost(path, [config], len(tensors))
+    affordable(path, [config], len(tensors))
     try:
         with torch.device("meta"), Shapes():
             first_stage = FirstStage(config, config.picture_channels)
     except Exception as error:
-        raise InputError(f"{path}: its architecture cannot be built: {_short(error)}") from None
+        raise InputError(f"{path}: its architecture cannot be built: {short(error)}") from None
     _fill(path, first_stage, tensors, Place(torch.device(device), dtype))
     return first_stage
 
 
-def _short(error: Exception) -> str:
+def short(error: Exception) -> str:
+    """The first line of what an error says."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
@@ -376,7 +377,7 @@ def _read(path: Path, kind: Kind | None, resting: bool = False) -> tuple[_Docume
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise InputError(f"{path}: is truncated, damaged or no safetensors file ({_short(error)})") from None
+        raise InputError(f"{path}: is truncated, damaged or no safetensors file ({short(error)})") from None
     if content != metadata.get("modelspec.hash_sha256"):
         raise InputError(f"{path}: is damaged: its weights are not those that were written; get the file again")
     return document, read_archive(path).tensors if resting else tensors
@@ -406,18 +407,14 @@ def _document(path: Path, metadata: dict[str, str], kind: Kind | None) -> _Docum
 
 
 def _architecture(path: Path, document: _Document, config: Any) -> Any:
-    schedule = document.architecture.get("schedule")
-    steps = schedule.get("steps") if isinstance(schedule, dict) else None
-    if isinstance(steps, int) and steps > MAX_SCHEDULE:
-        raise InputError(f"{path}: its noise schedule has {steps} steps; at most {MAX_SCHEDULE} are read")
     try:
         return TypeAdapter(config).validate_json(json.dumps(document.architecture), strict=True)
     except ValidationError as error:
         raise invalid(error, f"{path}: its architecture is invalid") from None
 
 
-def _check_cost(path: Path, parts: list[Any], tensors: int) -> None:
-    """Refuse configs that ask for more blocks than the file has tensors, before any is built."""
+def affordable(what: object, parts: Iterable[Any], most: int = MOST_BLOCKS) -> None:
+    """Refuse configs that ask for more blocks than can be meant, before any is built; InputError."""
     blocks: list[int] = []
     for part in parts:
         if isinstance(part, TinyConfig):
@@ -428,8 +425,8 @@ def _check_cost(path: Path, parts: list[Any], tensors: int) -> None:
             blocks += [part.blocks * (1 + depth) for depth in part.depth] + [part.middle_depth]
         elif part is not None:
             blocks.append(part.layers)
-    if any(count < 0 for count in blocks) or sum(blocks) > tensors:
-        raise InputError(f"{path}: its architecture asks for {sum(blocks)} blocks; the file has {tensors} tensors")
+    if any(count < 0 for count in blocks) or sum(blocks) > most:
+        raise InputError(f"{what}: its architecture asks for {sum(blocks)} blocks; at most {most} are built")
 
 
 def _names(names: Iterable[str]) -> str:

@@ -19,7 +19,7 @@ from latentkit.checkpoints.ldm_file import filled, match, write_single
 from latentkit.checkpoints.lone import Lone, lone_part
 from latentkit.checkpoints.names.rename import blocks
 from latentkit.checkpoints.probe import doubtful, settle
-from latentkit.checkpoints.storage.archive import read_archive
+from latentkit.checkpoints.storage.archive import read_archive, refuse_other
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.autoencoder import AutoencoderConfig
@@ -54,6 +54,7 @@ def layout_of(path: Path) -> Layout:
         raise InputError(f"{path} does not exist", exit_code=2)
     if path.is_dir():
         return "diffusers" if (path / "config.json").is_file() else "latentkit"
+    refuse_other(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         own = b'"latentkit"' in file.read(min(length, 1 << 16))
@@ -98,11 +99,11 @@ def open_model(
 def write_model(path: str | Path, opened: Opened, layout: Layout, dtype: torch.dtype | None = None) -> None:
     """Write a model in a layout; `dtype` None: as it is. Errors: InputError names what the layout cannot hold."""
     title = str(opened.provenance.get("name", Path(path).stem))
-    licence = opened.provenance.get("licence")
+    licence, date = opened.provenance.get("licence"), opened.provenance.get("date")
     if layout == "diffusers":
         write_folder(path, opened.model, dtype)
     elif layout == "ldm":
-        write_single(path, opened.model, title, dtype, licence)
+        write_single(path, opened.model, title, dtype, licence, date)
     else:
         save_model(path, opened.model, opened.provenance, dtype or opened.model.denoiser.unet.conv_in.weight.dtype)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.detect import DESCRIPTION, Found, single_file
-from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.files import Shapes, affordable, short
 from latentkit.checkpoints.names.ldm_names import EMA, FIRST_STAGE, UNET, autoencoder_pairs, unet_pairs
 from latentkit.checkpoints.names.rename import Complaints, Pair, finite, given, prefixed, taken
 from latentkit.checkpoints.names.tower_names import ROOT, modern, of_comfy, single_file_pairs, unused
 from latentkit.checkpoints.storage.archive import Archive, read_archive
-from latentkit.checkpoints.storage.tensors import write_tensors
+from latentkit.checkpoints.storage.tensors import model_spec, write_tensors
 from latentkit.checkpoints.storage.vocabulary import has_bert, is_shipped, read_bert
 from latentkit.errors import InputError, together
 from latentkit.model.first_stage import FirstStage
@@ -62,12 +62,13 @@ class Match(NamedTuple):
 
 
 def built(architecture: Architecture, state: dict[str, Any], what: str) -> LatentDiffusion:
-    """The model without weights; InputError where its parts do not fit."""
+    """The model without weights; InputError where its parts do not fit, or are more than can be meant."""
+    affordable(what, [architecture.network, architecture.first_stage, *architecture.towers()])
     try:
         with torch.device("meta"), Shapes():
             return LatentDiffusion(architecture, state)
-    except InputError as error:
-        raise InputError(f"{what}: its architecture cannot be built: {error}") from None
+    except Exception as error:
+        raise InputError(f"{what}: its architecture cannot be built: {short(error)}") from None
 
 
 def single_pairs(model: LatentDiffusion, names: Collection[str] = ()) -> list[Pair]:
@@ -259,9 +260,14 @@ def usual_scale(stage: FirstStage) -> float:
 
 
 def write_single(
-    path: str | Path, model: LatentDiffusion, title: str, dtype: torch.dtype | None = None, licence: str | None = None
+    path: str | Path,
+    model: LatentDiffusion,
+    title: str,
+    dtype: torch.dtype | None = None,
+    licence: str | None = None,
+    date: str | None = None,
 ) -> None:
-    """Write the model in the released layout with ModelSpec metadata; `dtype` None: as it is.
+    """Write the model in the released layout with ModelSpec metadata; `dtype` None: as it is; `date`: see `model_spec`.
 
     Errors: InputError names what that layout cannot hold.
     """
@@ -282,15 +288,15 @@ def write_single(
     height, width = architecture.size
     metadata = {
         DESCRIPTION: json.dumps(document, ensure_ascii=False, allow_nan=False),
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": spec_name(architecture),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
-        "modelspec.resolution": f"{width}x{height}",
-        "modelspec.prediction_type": {"eps": "epsilon"}.get(architecture.prediction, architecture.prediction),
+        **model_spec(
+            spec_name(architecture),
+            title,
+            date,
+            resolution=f"{width}x{height}",
+            prediction_type={"eps": "epsilon"}.get(architecture.prediction, architecture.prediction),
+            license=licence,
+        ),
     }
-    if licence:
-        metadata["modelspec.license"] = licence
     write_tensors(Path(path), tensors, metadata)
 
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentkit.checkpoints.detect import autoencoder_shape, comparable, nearest, unet_shape
-from latentkit.checkpoints.diffusers_folder import affordable
-from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.files import Shapes, affordable, short
 from latentkit.checkpoints.ldm_file import folded, usual_scale
 from latentkit.checkpoints.names import diffusers_names, ldm_names
 from latentkit.checkpoints.names.diffusers_configs import (
@@ -73,7 +72,7 @@ def lone_part(path: Path) -> Lone | None:
     said: dict[str, Any] = {}
     if (folder / "config.json").is_file() and not (folder / "model_index.json").exists():
         said = read_json(folder / "config.json")
-    if path.is_dir() and said.get("_class_name") not in CLASSES:
+    if path.is_dir() and str(said.get("_class_name")) not in CLASSES:
         return None
     tensors = read_part(path) if path.is_dir() else read_archive(path).tensors
     found = _kind(tensors)
@@ -84,7 +83,7 @@ def lone_part(path: Path) -> Lone | None:
     if layout == "ldm":
         config = autoencoder_shape(tensors, str(path), root) if part == "first stage" else _unet(tensors, path, root)
         pairs = _pairs(_module(config, str(path)), layout)
-    elif said.get("_class_name") in CLASSES:
+    elif str(said.get("_class_name")) in CLASSES:
         config, place, statistics = _said(folder / "config.json", said)
         pairs = _pairs(_module(config, str(path)), layout, place)
     else:
@@ -131,10 +130,8 @@ def _unet(tensors: Mapping[str, Tensor], path: Path, root: str) -> UNetConfig:
 def _said(path: Path, values: Mapping[str, Any]) -> tuple[AutoencoderConfig | UNetConfig, str, Statistics | None]:
     if CLASSES[values["_class_name"]][0] == "U-Net":
         network, place = unet_config(str(path), values)
-        affordable(path, network, None, ())
         return network, place, None
     stage, statistics = autoencoder_config(str(path), values)
-    affordable(path, None, stage, ())
     return stage, "", statistics
 
 
@@ -170,12 +167,13 @@ def _known(part: Part, tensors: Mapping[str, Tensor], path: Path) -> tuple[Autoe
 
 
 def _module(config: AutoencoderConfig | UNetConfig, what: str) -> nn.Module:
-    """Without weights."""
+    """Without weights; InputError where it cannot be."""
+    affordable(what, [config])
     try:
         with torch.device("meta"), Shapes():
             return UNet(config) if isinstance(config, UNetConfig) else Autoencoder(config)
-    except InputError as error:
-        raise InputError(f"{what}: its network cannot be built: {error}") from None
+    except Exception as error:
+        raise InputError(f"{what}: its network cannot be built: {short(error)}") from None
 
 
 def _pairs(module: nn.Module, layout: str, place: str = "add_embedding") -> list[Pair]:

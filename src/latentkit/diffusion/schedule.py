@@ -13,6 +13,7 @@ SIGMA_CAP = 1e7
 """Stands for an infinite sigma (zero-terminal SNR, flow at t = 1): finite, so that ratios stay exact."""
 
 TIMESTEPS = 1000
+MOST_STEPS = 100_000
 FIRST_SIGMA_MAX = 1e3
 """A first level above it leaves nothing of a picture to learn."""
 RHO = 7.0
@@ -98,8 +99,8 @@ class NoiseSchedule:
         kind = self.kind
         if kind not in KINDS:
             raise InputError(f"noise schedule {kind!r} is unknown; {nearest(kind, KINDS)}")
-        if self.steps < 1:
-            raise InputError(f"noise schedule has {self.steps} steps; it needs at least 1")
+        if not 1 <= self.steps <= MOST_STEPS:
+            raise InputError(f"noise schedule has {self.steps} steps; it needs at least 1, and at most {MOST_STEPS}")
         if kind in ("linear", "scaled_linear", "sqrt") and not 0 < self.beta_start <= self.beta_end <= 1:
             raise InputError(
                 f"noise schedule has beta_start={self.beta_start} and beta_end={self.beta_end}; "

@@ -66,7 +66,7 @@ class ClipImageConfig:
 
     def __post_init__(self) -> None:
         _check("CLIP image tower", self.width, self.heads)
-        if self.size % self.patch:
+        if self.patch < 1 or self.size % self.patch:
             raise InputError(f"CLIP image tower of {self.size} px is not a whole number of {self.patch} px patches")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.adapters.controlnet_names import FIRST, KINDS, PREFIX, Layout, controlnet_pairs
-from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.files import Shapes, affordable
 from latentkit.checkpoints.names.diffusers_configs import unet_json
 from latentkit.checkpoints.names.rename import Complaints, given, taken
 from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
@@ -30,6 +30,7 @@ DIFFERENCE, LORA = "difference", "lora_controlnet"
 """Entries that say that a file holds no whole weights."""
 POOLED, ORDER = "global_pool_conditions", "controlnet_conditioning_channel_order"
 """Fields of diffusers' config, and of our metadata, that leave no trace in weights."""
+CLASSES = ("ControlNetModel", "ControlNetUnionModel")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STRANGERS = {
     "lllite_": "a ControlNet-LLLite",
@@ -83,6 +84,7 @@ def open_control(path: str | Path, model: LatentDiffusion) -> ControlFile:
     if not (low_rank or config.plain_attention):
         depth, middle_depth = _depths(tensors, config, layout)
         config = replace(config, depth=depth, middle_depth=middle_depth or depth[-1] or 1)
+    affordable(path, [config])
     middle = ("middle_block.2.", "mid_block.resnets.1.")[layout == "diffusers"]
     short = not low_rank and not any(name.startswith(middle) for name in tensors)
     with torch.device("meta"), Shapes():
@@ -117,13 +119,17 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not (path / "config.json").is_file():
             raise InputError(f"{path}: is no ControlNet: diffusers' folder of one has a config.json beside its weights")
         said = read_json(path / "config.json")
+        if said.get("_class_name", CLASSES[0]) not in CLASSES:
+            got = str(said["_class_name"])[:80]
+            raise InputError(f"{path}: is of the class {got!r}; known are {', '.join(CLASSES)}")
         tensors = read_part(path)
     else:
         archive = read_archive(path)
         told, tensors = archive.metadata, archive.tensors
         said = {POOLED: told.get(POOLED) == "true", ORDER: told.get(ORDER, "rgb")}
     if not isinstance(said.get(POOLED, False), bool) or said.get(ORDER, "rgb") not in ("rgb", "bgr"):
-        raise InputError(f"{path}: has {POOLED} {said.get(POOLED)!r} and {ORDER} {said.get(ORDER)!r}; neither is run")
+        got = " and ".join(f"{name} {str(said.get(name))[:80]!r}" for name in (POOLED, ORDER))
+        raise InputError(f"{path}: has {got}; neither is run")
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {
             name.removeprefix(PREFIX): tensor
@@ -197,7 +203,7 @@ def _json(network: ControlNet) -> dict[str, Any]:
     left = ("dropout", "out_channels", "sample_size", "time_embedding_dim", "up_block_types", "center_input_sample")
     fields = {name: value for name, value in unet_json(network.config, 0).items() if name not in left}
     fields |= {
-        "_class_name": "ControlNetModel",
+        "_class_name": CLASSES[0],
         "conditioning_channels": network.hint_channels,
         "conditioning_embedding_out_channels": list(HINT_WIDTHS),
         ORDER: "bgr" if network.bgr else "rgb",
@@ -209,7 +215,7 @@ def _json(network: ControlNet) -> dict[str, Any]:
         del fields["mid_block_type"]
         width = network.config.channels
         fields |= {
-            "_class_name": "ControlNetUnionModel",
+            "_class_name": CLASSES[1],
             "num_control_type": len(network.fusion.kinds),
             "num_trans_channel": width,
             "num_proj_channel": width,

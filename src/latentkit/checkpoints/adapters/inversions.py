@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.storage.archive import read_archive
+from latentkit.checkpoints.names.rename import FLOATING
+from latentkit.checkpoints.storage.archive import read_archive, refuse_other
 from latentkit.errors import InputError
 
 MOST_BYTES = 1 << 26
@@ -27,6 +28,7 @@ def read_inversion(path: Path, name: str | None = None) -> Inversion:
     Pickles are read as plain values and tensors only. InputError says what is wrong with the file.
     """
     try:
+        refuse_other(path)
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path}: is larger than {MOST_BYTES >> 20} MB: it is no textual inversion")
     except OSError as error:
@@ -60,7 +62,7 @@ def inversion(what: str, content: Any) -> tuple[str | None, tuple[Tensor, ...]]:
             tensors = [tensor]
     vectors = [tensor.detach() for tensor in tensors if isinstance(tensor, Tensor)]
     vectors = [tensor[None] if tensor.ndim == 1 else tensor for tensor in vectors]
-    flat = all(tensor.ndim == 2 and tensor.is_floating_point() for tensor in vectors)
+    flat = all(tensor.ndim == 2 and tensor.numel() and tensor.dtype in FLOATING for tensor in vectors)
     if not vectors or len(vectors) != len(tensors) or not flat or len({len(tensor) for tensor in vectors}) > 1:
         kinds = sorted(map(str, content))[:5] if isinstance(content, Mapping) else type(content).__name__
         raise InputError(f"{what}: is no textual inversion (it holds {kinds})")

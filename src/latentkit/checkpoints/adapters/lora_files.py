@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.adapters.lora_names import KOHYA, layers, layers_of, place, stranger
+from latentkit.checkpoints.ldm_file import spec_name
 from latentkit.checkpoints.names.rename import FLOATING, listed
 from latentkit.checkpoints.storage.archive import read_archive, read_json
-from latentkit.checkpoints.storage.tensors import write_tensors
+from latentkit.checkpoints.storage.tensors import model_spec, write_tensors
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
 from latentkit.nets.lora import Change, Changes
@@ -44,8 +45,7 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
     """
     path = lora_file(Path(path))
     archive = read_archive(path)
-    if beside := _beside(path):
-        archive.metadata["lora_adapter_metadata"] = json.dumps(beside)
+    terms = _terms(path, archive.metadata) | _beside(path)
     found = layers(model)
     flat = {(part, layer.replace(".", "_")): ours for (part, layer), ours in found.items()}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -63,7 +63,7 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
             peft = put.kind == "magnitude" and "dora_scale" not in key  # one for each output, however it is shaped
             parts[ours][put.kind] = tensor.flatten() if peft else tensor
             keys.setdefault(ours, []).append(key)
-            if (alpha := _alpha(archive.metadata, put.part, put.layer)) is not None:
+            if (alpha := _alpha(path, terms, put.part, put.layer)) is not None:
                 ranks[ours] = alpha
     if unknown and (kind := stranger(iter(sorted(unknown)))):
         raise InputError(f"{path}: holds {kind}, which is not run; LoRA, LoCon, LoHa, LoKr, DoRA and differences are")
@@ -82,6 +82,17 @@ def read_lora(path: str | Path, model: LatentDiffusion) -> Lora:
         except InputError as error:
             raise InputError(f"{error} (there: {', '.join(sorted(keys[ours]))})") from error
     return Lora(path.stem, changes, archive.metadata)
+
+
+def _terms(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What diffusers keeps in the metadata."""
+    try:
+        terms = json.loads(metadata.get("lora_adapter_metadata") or "{}")
+    except (ValueError, RecursionError):
+        terms = None
+    if not isinstance(terms, dict):
+        raise InputError(f"{path}: its metadata lora_adapter_metadata is damaged")
+    return terms
 
 
 def lora_file(path: Path) -> Path:
@@ -104,19 +115,18 @@ def _beside(path: Path) -> dict[str, Any]:
     return {f"unet.{name}": value for name, value in ({"lora_alpha": said.get("alpha")} | said).items()}
 
 
-def _alpha(metadata: Mapping[str, str], part: str, layer: str) -> float | None:
-    """The alpha that diffusers keeps in the metadata, for a layer."""
-    told = metadata.get("lora_adapter_metadata")
+def _alpha(path: Path, terms: Mapping[str, Any], part: str, layer: str) -> float | None:
+    """The alpha that diffusers keeps in the metadata, for a layer: by its whole name or the end of it, or for all."""
+    names = layer.split(".")
+    ends = [".".join(names[start:]) for start in range(len(names))]
     try:
-        values = json.loads(told) if told else {}
-        own = values.get(f"{part}.alpha_pattern") or {}
-        by_layer = next((own[name] for name in own if layer == name or layer.endswith(f".{name}")), None)
-        alpha = by_layer if by_layer is not None else values.get(f"{part}.lora_alpha")
+        own = dict(terms.get(f"{part}.alpha_pattern") or {})
+        alpha = next((own[name] for name in ends if name in own), terms.get(f"{part}.lora_alpha"))
         if alpha is None:
             return None
-        return float(alpha) * (math.sqrt(values[f"{part}.r"]) if values.get(f"{part}.use_rslora") else 1)
-    except (ValueError, TypeError, AttributeError, KeyError):
-        raise InputError("the LoRA's metadata lora_adapter_metadata is damaged") from None
+        return float(alpha) * (math.sqrt(terms[f"{part}.r"]) if terms.get(f"{part}.use_rslora") else 1)
+    except (ValueError, TypeError, LookupError, OverflowError):
+        raise InputError(f"{path}: its metadata lora_adapter_metadata is damaged") from None
 
 
 def _change(path: Path, ours: str, parts: dict[str, Tensor], told: float | None, weight: Tensor) -> Change:
@@ -128,7 +138,7 @@ def _change(path: Path, ours: str, parts: dict[str, Tensor], told: float | None,
         ("missing", SECOND - parts.keys() if SECOND & parts.keys() else ()),
         ("missing", ["left up"] if "left down" in parts and "left up" not in parts else ()),
         ("not of floating type", [kind for kind, part in parts.items() if part.dtype not in FLOATING]),
-        ("not finite", [kind for kind, part in parts.items() if not torch.isfinite(part).all()]),
+        ("not finite", [n for n, one in parts.items() if one.dtype in FLOATING and not torch.isfinite(one).all()]),
         ("empty", [kind for kind, part in parts.items() if not part.numel()]),
     ):
         if names:
@@ -137,7 +147,9 @@ def _change(path: Path, ours: str, parts: dict[str, Tensor], told: float | None,
     if whole and "left up" not in parts and parts["up"].numel() != weight.numel():
         raise InputError(f"{what}down is missing")
     alpha = told
-    if "alpha" in parts and (parts["alpha"].numel() != 1 or not (alpha := float(parts["alpha"])) > 0):
+    if "alpha" in parts:
+        alpha = float(parts["alpha"]) if parts["alpha"].numel() == 1 else -1.0
+    if alpha is not None and not 0 < alpha < math.inf:
         raise InputError(f"{what}alpha is no number above 0")
 
     def product(which: str) -> Change:
@@ -184,7 +196,8 @@ def write_lora(
             tensors |= _diffusers(f"{part}.{layer}", ours, change)
         else:
             tensors |= _kohya(f"{prefixes[part]}{layer.replace('.', '_')}", change)
-    metadata = {"format": "pt"}
+    kind = f"{spec_name(model.architecture)}/lora"
+    metadata = {"format": "pt", **model_spec(kind, name or path.stem)}
     if layout != "diffusers":
         rank, alpha = {c.rank for c in changes.values()}, {c.alpha or float(c.rank) for c in changes.values()}
         metadata |= {

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.files import Shapes
+from latentkit.checkpoints.files import Shapes, affordable
 from latentkit.checkpoints.names.rename import taken
 from latentkit.checkpoints.names.tiny_names import (
     AUTHOR,
@@ -49,6 +49,7 @@ def read_tiny(path: str | Path, device: str | torch.device = "cpu", dtype: torch
         said, scale, shift = tiny_config(str(path / "config.json"), read_json(path / "config.json"))
         if said != config:
             raise InputError(f"{path}: its config.json describes {said}, its tensors are {config}")
+    affordable(path, [config])
     with torch.device("meta"), Shapes():
         stage = FirstStage(config, config.picture_channels)
     network = stage.autoencoder

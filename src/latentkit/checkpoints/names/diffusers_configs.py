@@ -71,6 +71,11 @@ class Statistics(NamedTuple):
     std: tuple[float, ...]
 
 
+def real(value: Any) -> bool:
+    """Whether it is a number that can be meant."""
+    return isinstance(value, int | float) and -1e6 < value < 1e6
+
+
 class _Fields:
     """A config.json whose entries are asked for by type; InputError names those that are wrong."""
 
@@ -82,7 +87,8 @@ class _Fields:
                 self.refuse(name, f"only {wanted!r} is run")
         unknown = [n for n, v in values.items() if n not in {*fixed, *free} and n[:1] != "_" and v is not None]
         if unknown:
-            raise InputError(f"{what}: fields {sorted(unknown)} are not known; what they ask for cannot be run")
+            names = str(sorted(unknown))[:200]
+            raise InputError(f"{what}: fields {names} are not known; what they ask for cannot be run")
 
     def refuse(self, name: str, why: str) -> InputError:
         """Name the field and what it holds."""
@@ -91,7 +97,7 @@ class _Fields:
     def number(self, name: str, default: int | None = None) -> int:
         """A positive whole number."""
         value = self.values.get(name, default)
-        if not isinstance(value, int) or not 0 < value < 1 << 20:
+        if type(value) is not int or not 0 < value < 1 << 20:
             raise self.refuse(name, "give a whole number above 0")
         return value
 
@@ -145,17 +151,20 @@ def unet_config(what: str, values: Mapping[str, Any]) -> tuple[UNetConfig, str]:
         fields.refuse("layers_per_block", "all levels must have the same number")
     depths = (1,) * levels if plain else fields.numbers("transformer_layers_per_block", levels, 1)
     reverse = values.get("reverse_transformer_layers_per_block")
-    if reverse is not None and tuple(reverse) != depths[::-1]:
+    if reverse is not None and reverse != list(depths[::-1]):
         fields.refuse("reverse_transformer_layers_per_block", "the way up must mirror the way down")
     middle = values.get("mid_block_type", "UNetMidBlock2D" if plain else "UNetMidBlock2DCrossAttn")
     if middle != ("UNetMidBlock2D" if plain else "UNetMidBlock2DCrossAttn") or not values.get("add_attention", True):
         fields.refuse("mid_block_type", "the middle must have an attention of the same kind")
-    scale_shift = {"default": False, "scale_shift": True}.get(values.get("resnet_time_scale_shift", "default"))
-    if scale_shift is None:
+    scale_shift = values.get("resnet_time_scale_shift", "default") == "scale_shift"
+    if not scale_shift and values.get("resnet_time_scale_shift", "default") != "default":
         fields.refuse("resnet_time_scale_shift", "only 'default' and 'scale_shift' are run")
     groups = values.get("attn_norm_num_groups", None if scale_shift else 32)
     if plain and (groups or (None if scale_shift else 32)) != 32:
         fields.refuse("attn_norm_num_groups", "the middle's attention must have a norm of 32 groups")
+    dropout = values.get("dropout", 0.0)
+    if not real(dropout) or not 0 <= dropout < 1:
+        fields.refuse("dropout", "give a number from 0 to below 1")
     vector, place, classes = _vector(fields)
     heads, head_width = _heads(fields, plain, [channels * multiplier for multiplier in multipliers])
     context = None if plain else fields.numbers("cross_attention_dim", levels, 1280)
@@ -174,9 +183,9 @@ def unet_config(what: str, values: Mapping[str, Any]) -> tuple[UNetConfig, str]:
         context_width=context[0] if context else None,
         vector_width=vector,
         linear_projection=plain or bool(values.get("use_linear_projection", False)),
-        scale_shift=bool(scale_shift),
+        scale_shift=scale_shift,
         embedding_width=fields.optional("time_embedding_dim"),
-        dropout=float(values.get("dropout", 0.0)),
+        dropout=float(dropout),
         plain_attention=plain,
         residual_resampling="ResnetDownsampleBlock2D" in kinds or values.get("downsample_type") == "resnet",
         cross_only=_cross_only(fields, levels),
@@ -353,12 +362,15 @@ def _statistics(fields: _Fields, channels: int) -> Statistics:
     """latent = (raw - mean) / std, of a factor and a shift or of lists by channel."""
     scale, shift = fields.values.get("scaling_factor", 0.18215), fields.values.get("shift_factor") or 0.0
     means, stds = (fields.values.get(f"latents_{name}") for name in ("mean", "std"))
-    if not isinstance(scale, int | float) or not 0 < scale < 1e6:
+    if not real(scale) or scale < 1e-6:
         fields.refuse("scaling_factor", "give a number above 0")
+    if not real(shift):
+        fields.refuse("shift_factor", "give a number")
     if means is None and stds is None:
         return Statistics((float(shift),) * channels, (1 / scale,) * channels)
     # diffusers: latent = (raw - mean) * scale / std
-    if not all(isinstance(part, Sequence) and len(part) == channels for part in (means, stds)):
+    whole = all(isinstance(part, list) and len(part) == channels and all(map(real, part)) for part in (means, stds))
+    if not whole or min(stds or ()) <= 0:
         fields.refuse("latents_mean", f"latents_mean and latents_std must be lists of {channels} numbers")
     return Statistics(tuple(float(n) for n in means or ()), tuple(float(n) / scale for n in stds or ()))
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from latentkit.checkpoints.names.diffusers_configs import real
 from latentkit.checkpoints.names.ldm_names import Layers
 from latentkit.checkpoints.names.rename import Pair, paired
 from latentkit.errors import InputError
@@ -118,7 +119,7 @@ def tiny_config(what: str, values: Mapping[str, Any]) -> tuple[TinyConfig, float
     if values.get("out_channels", 3) != channels["in_channels"]:
         raise refuse("out_channels", "pictures must have as many channels out as in")
     scale, shift = values.get("scaling_factor", 1.0), values.get("shift_factor") or 0.0
-    if not isinstance(scale, int | float) or not 0 < scale < 1e6 or not isinstance(shift, int | float):
+    if not real(scale) or scale < 1e-6 or not real(shift):
         raise refuse("scaling_factor", "give a number above 0, and a number as shift_factor")
     config = TinyConfig(
         tuple(found["encoder"]), channels["latent_channels"], found["encoder width"], channels["in_channels"]

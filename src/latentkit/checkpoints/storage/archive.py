@@ -1,8 +1,10 @@
 """A file of tensors in any form that other programs write: safetensors, or a pickle by `torch.save`."""
 
 import json
+import math
+import mmap
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +14,13 @@ from torch import Tensor
 
 from latentkit.checkpoints.storage.legacy import read_legacy
 from latentkit.checkpoints.storage.mapping import mapped
-from latentkit.checkpoints.storage.pickles import flat, read_pickle
+from latentkit.checkpoints.storage.pickles import MOST_ELEMENTS, MOST_NAME, flat, read_pickle
 from latentkit.errors import InputError
 
 MOST_JSON = 1 << 25
+"""Bytes of JSON, and of the header of safetensors (the largest known have less than a tenth of it)."""
+MOST_TENSORS = 30_000
+MOST_AXES = 8
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,6 +43,7 @@ class Archive(NamedTuple):
 def read_archive(path: Path) -> Archive:
     """The tensors of a file, whatever its name ends in. Errors: InputError says what is wrong with it."""
     try:
+        refuse_other(path)
         with open(path, "rb") as file:
             start = file.read(16)
         if start[:4] == b"PK\x03\x04":
@@ -48,24 +54,64 @@ def read_archive(path: Path) -> Archive:
             return _pickled(read_legacy(path), path)
         if start[8:9] != b"{":
             raise InputError(f"{path}: is neither safetensors nor a file that torch.save wrote")
+        space = mapped(path)
+        header = _header(path, space)
         with safe_open(path, "pt") as tables:
-            return Archive(_mapped(path, tables), dict(tables.metadata() or {}))
+            return Archive(_mapped(space, header, tables), dict(tables.metadata() or {}))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except InputError:
         raise
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: is truncated, damaged or no safetensors file ({str(error)[:200]})") from None
 
 
-def _mapped(path: Path, tables: Any) -> dict[str, Tensor]:
+def refuse_other(path: Path) -> None:
+    """InputError for what is there and is no file: a pipe or a device may never end."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no file but a folder, a pipe or a device")
+
+
+def _header(path: Path, space: mmap.mmap) -> dict[str, Any]:
+    """Type, shape and place of each tensor, as far as they are sane; whether they fit the file, the library knows."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(found := dict(pairs)) < len(pairs):
+            raise InputError(f"{path}: its header has a name twice")
+        return found
+
+    length = int.from_bytes(space[:8], "little")
+    if length > MOST_JSON:
+        raise InputError(f"{path}: its header has {length} bytes; at most {MOST_JSON} are read")
+    header = json.loads(space[8 : 8 + length], object_pairs_hook=once)
+    if not isinstance(header, dict):
+        raise InputError(f"{path}: its header is no JSON object")
+    header.pop("__metadata__", None)
+    refuse_names(path, header)
+    for name, entry in header.items():
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        sane = isinstance(shape, list) and all(type(n) is int for n in shape) and len(shape) <= MOST_AXES
+        if not sane or math.prod(n or 1 for n in shape or ()) > MOST_ELEMENTS:
+            raise InputError(f"{path}: {name} has the shape {str(shape)[:80]}, which is none of a weight")
+    return header
+
+
+def refuse_names(path: Path, names: Iterable[str]) -> None:
+    """InputError for names that nobody gave, which would be shown in messages, and for too many."""
+    names = list(names)
+    if len(names) > MOST_TENSORS:
+        raise InputError(f"{path}: has {len(names)} tensors; at most {MOST_TENSORS} are read")
+    for name in names:
+        if len(name) > MOST_NAME or not name.isprintable():
+            what = f"a name of {len(name)} characters" if name.isprintable() else "a name that cannot be shown"
+            raise InputError(f"{path}: has a tensor with {what}: {name[:40]!r}")
+
+
+def _mapped(space: mmap.mmap, header: Mapping[str, Any], tables: Any) -> dict[str, Tensor]:
     """The tensors of a file whose header the library found to be right, by name."""
-    space = mapped(path)
     start = 8 + int.from_bytes(space[:8], "little")
     tensors: dict[str, Tensor] = {}
-    for name, entry in sorted(json.loads(space[8:start]).items()):
-        if name == "__metadata__":
-            continue
+    for name, entry in sorted(header.items()):
         dtype, (first, last) = TYPES.get(entry["dtype"]), entry["data_offsets"]
         if dtype is None or first == last or (start + first) % dtype.itemsize:
             tensors[name] = tables.get_tensor(name)
@@ -79,7 +125,8 @@ def _pickled(content: Any, path: Path) -> Archive:
     whole = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(whole, dict):
         raise InputError(f"{path}: holds no tensors by name")
-    tensors = {name: value for name, value in flat(whole) if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in flat(whole, str(path)) if isinstance(value, Tensor)}
+    refuse_names(path, tensors)
     own = {name: value for name, value in content.items() if isinstance(value, int | float | str)}
     return Archive(tensors, {}, own)
 
@@ -87,11 +134,14 @@ def _pickled(content: Any, path: Path) -> Archive:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; InputError says what is wrong with it."""
     try:
+        refuse_other(path)
         if path.stat().st_size > MOST_JSON:
             raise InputError(f"{path}: has more than {MOST_JSON} bytes")
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is no JSON ({str(error)[:100]})") from None
     if not isinstance(content, Mapping):
@@ -138,7 +188,7 @@ def _shards(folder: Path, index: Path) -> dict[str, Tensor]:
         raise InputError(f"{index}: has no weight_map of names")
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name or name.startswith("."):
+        if Path(name).name != name or name.startswith(".") or not name.isprintable() or len(name) > 255:
             raise InputError(f"{index}: names the shard {name[:80]!r}, which is no file of this folder")
         tensors |= read_archive(folder / name).tensors
     missing = places.keys() - tensors.keys()

@@ -59,7 +59,8 @@ def read_legacy(path: Path) -> Any:
 def _found(path: Path, space: Any, names: Any, asked: dict[str, Storage], place: int) -> dict[str, Tensor]:
     """Every tensor's data, each behind its length; those that begin at no multiple of their type's size are copied."""
     found: dict[str, Tensor] = {}
-    if not isinstance(names, list) or len(set(names)) != len(names) or not asked.keys() <= set(names):
+    texts = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not texts or len(set(names)) != len(names) or not asked.keys() <= set(names):
         raise InputError(f"{path}: its list of data has not all that its tensors ask for, or one twice")
     for name in names:
         if name not in asked:

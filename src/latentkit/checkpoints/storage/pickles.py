@@ -6,6 +6,7 @@ file, not read.
 """
 
 import itertools
+import math
 import mmap
 import struct
 import zipfile
@@ -23,6 +24,12 @@ from latentkit.errors import InputError
 MOST_PROGRAM = 1 << 26
 """Bytes of the pickle proper (names and shapes; the largest known is 3 MB)."""
 MOST_ENTRIES = 100_000
+MOST_ELEMENTS = 1 << 40
+"""The product of a shape's axes, those of length 0 left out: an empty tensor costs a file nothing, whatever it says."""
+MOST_NAME = 500
+"""Characters of a tensor's name."""
+MOST_DIRECTORY = 1 << 24
+"""Bytes of a zip's list of entries."""
 TYPES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -91,10 +98,16 @@ def read_pickle(path: Path) -> Any:
     """The content of a zip that `torch.save` wrote, tensors mapped copy-on-write; InputError for anything else."""
     try:
         space = mapped(path)
+        with open(path, "rb") as file:
+            end = zipfile._EndRecData(file)  # type: ignore[attr-defined]  # where the list lies, not yet read
+        if end and end[5] > MOST_DIRECTORY:
+            raise InputError(f"{path}: its list of entries has {end[5]} bytes; at most {MOST_DIRECTORY} are read")
         with zipfile.ZipFile(path) as archive:
             entries = _entries(path, archive, space)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except InputError:
+        raise
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError) as error:
         raise InputError(f"{path}: is damaged, or no checkpoint that torch.save wrote ({str(error)[:100]})") from None
     programs = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
@@ -130,7 +143,7 @@ def undamaged(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (IndexError, struct.error, KeyError, TypeError, ValueError, UnicodeDecodeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, struct.error) as error:
         raise InputError(f"{path}: its pickle is damaged ({type(error).__name__})") from None
 
 
@@ -279,19 +292,19 @@ class Machine:
             stack[-count:] = [tuple(stack[-count:])]
         elif op in (0x6C, 0x64):  # LIST, DICT
             values = self.marked()
-            stack.append(values if op == 0x6C else dict(zip(values[::2], values[1::2])))
+            stack.append(values if op == 0x6C else self.ordered(zip(values[::2], values[1::2])))
         elif op in (0x65, 0x61, 0x90):  # APPENDS, APPEND, ADDITEMS
             values = [stack.pop()] if op == 0x61 else self.marked()
             if isinstance(stack[-1], list):
                 stack[-1].extend(values)
             elif isinstance(stack[-1], set):
-                stack[-1].update(values)
+                stack[-1].update(self.ordered((value, None) for value in values))
             elif stack[-1] is not INERT:
                 self.refuse("its pickle appends to what is no list")
         elif op in (0x75, 0x73):  # SETITEMS, SETITEM
             values = [stack.pop(-2), stack.pop()] if op == 0x73 else self.marked()
             if isinstance(stack[-1], dict):
-                stack[-1].update(zip(values[::2], values[1::2]))
+                stack[-1].update(self.ordered(zip(values[::2], values[1::2])))
             elif stack[-1] is not INERT:
                 self.refuse("its pickle sets items of what is no dict")
         else:
@@ -305,7 +318,7 @@ class Machine:
             stack.append(self.named(self.line(), self.line()))
         elif op == 0x93:  # STACK_GLOBAL
             name, module = stack.pop(), stack.pop()
-            stack.append(self.named(str(module), str(name)))
+            stack.append(self.named(module, name))
         elif op in (0x52, 0x81):  # REDUCE, NEWOBJ
             arguments, called = stack.pop(), stack.pop()
             stack.append(self.called(called, arguments))
@@ -323,7 +336,9 @@ class Machine:
             return False
         return True
 
-    def named(self, module: str, name: str) -> Any:
+    def named(self, module: Any, name: Any) -> Any:
+        if not isinstance(module, str) or not isinstance(name, str):
+            self.refuse("its pickle names something by what is no text")
         whole = f"{module}.{name}"
         if (module == "torch" and name in TYPES) or whole in BUILDERS:
             return _Name(module, name)
@@ -345,7 +360,8 @@ class Machine:
         kind, name, key, _, count, *view = identity
         if any(part is not None for part in view):
             self.refuse("its pickle has a storage that is a part of another")
-        if kind != "storage" or not isinstance(name, _Name) or name.name not in TYPES or not isinstance(count, int):
+        known = isinstance(name, _Name) and name.name in TYPES and isinstance(key, str | int)
+        if kind != "storage" or not known or not isinstance(count, int):
             self.refuse("its pickle refers to something that is no tensor's data")
         return Storage(TYPES[name.name], str(key), count)
 
@@ -354,7 +370,7 @@ class Machine:
         numbers = [offset, *shape, *stride]
         if not isinstance(storage, Storage) or any(type(n) is not int or n < 0 for n in numbers):
             self.refuse("a tensor in its pickle has no data or a negative size")
-        if len(shape) != len(stride) or len(shape) > 8:
+        if len(shape) != len(stride) or len(shape) > 8 or math.prod(n or 1 for n in shape) > MOST_ELEMENTS:
             self.refuse("a tensor in its pickle has no sensible shape")
         empty = 0 in shape
         last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
@@ -373,8 +389,13 @@ class Machine:
         return tensor
 
     def ordered(self, items: Any = ()) -> dict[Any, Any]:
-        """An ordered dict is a dict."""
-        return dict(items)
+        """A dict of pairs; its keys are no tuples of tuples, of which a hash can take forever."""
+        found = {}
+        for key, value in items:
+            if isinstance(key, tuple) and any(isinstance(part, tuple) for part in key):
+                self.refuse("its pickle has a tuple of tuples for a key")
+            found[key] = value
+        return found
 
 
 BUILDERS: dict[str, Callable[..., Any]] = {
@@ -385,11 +406,19 @@ BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 
-def flat(content: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Tensors, numbers and texts of nested dicts by their names joined with dots; anything else is left out."""
-    if isinstance(content, dict) and depth < 4:
-        for key, value in content.items():
-            if isinstance(key, str):
-                yield from flat(value, f"{prefix}.{key}" if prefix else key, depth + 1)
-    elif isinstance(content, Tensor | int | float | str):
-        yield prefix, content
+def flat(content: Any, what: str) -> Iterator[tuple[str, Any]]:
+    """Tensors, numbers and texts of nested dicts by their names joined with dots; anything else is left out.
+
+    InputError about `what` for more than can be meant: one dict may lie in many places.
+    """
+    waiting, count = [("", content, 0)], 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        if isinstance(value, dict) and depth < 4:
+            below = [(key, part) for key, part in value.items() if isinstance(key, str)]
+            count += len(value)
+            if count > MOST_ENTRIES or any(len(key) > MOST_NAME for key, _ in below):
+                raise InputError(f"{what}: holds more than {MOST_ENTRIES} values by name, or names beyond measure")
+            waiting += [(f"{name}.{key}" if name else key, part, depth + 1) for key, part in reversed(below)]
+        elif isinstance(value, Tensor | int | float | str):
+            yield name, value
