@@ -1,7 +1,7 @@
 """Whole models as a diffusers folder, read and written: U-Net, autoencoder, CLIP towers, tokenizers, scheduler."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.ldm_file import OUR_FIRST_STAGE, OUR_UNET, built, filled, folded, statistics, usual_scale
-from latentkit.checkpoints.names import diffusers_names, tiny_names, tower_names
+from latentkit.checkpoints.names import diffusers_names, tiny_names, tower_configs, tower_names
 from latentkit.checkpoints.names.diffusers_configs import (
     VERSION,
     Statistics,
     autoencoder_config,
     autoencoder_json,
+    real,
     unet_config,
     unet_json,
 )
@@ -30,7 +31,7 @@ from latentkit.checkpoints.names.tower_configs import (
 from latentkit.checkpoints.storage.archive import read_json, read_part
 from latentkit.checkpoints.storage.folders import whole_folder
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
-from latentkit.checkpoints.storage.vocabulary import Vocabulary, read_clip, write_clip
+from latentkit.checkpoints.storage.vocabulary import Vocabulary, read_bert, read_clip, write_bert, write_clip
 from latentkit.diffusion.schedule import NoiseSchedule
 from latentkit.errors import InputError, together
 from latentkit.model.conditioners.clip import ClipConfig
@@ -49,8 +50,9 @@ PARTS = {
     "vqvae": ("AutoencoderKL", "VQModel"),
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
-    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast", "BertTokenizer", "BertTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "bert": (tower_configs.BERT,),
     "image_encoder": ("CLIPVisionModelWithProjection",),
     "image_normalizer": ("StableUnCLIPImageNormalizer",),
 }
@@ -61,7 +63,7 @@ LEFT = {
 }  # fmt: skip
 """Parts of any class: they are left aside, or read as numbers."""
 NOT_READ = sorted(LEFT - {"scheduler", "image_noising_scheduler"})
-LIBRARIES = {"diffusers", "transformers", "stable_diffusion"}
+LIBRARIES = {"diffusers", "transformers", "stable_diffusion", "latent_diffusion"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 LEFT_EMPTY = ("StableDiffusionPipeline", "StableDiffusionInpaintPipeline", "LatentConsistencyModelPipeline")
 """Pipelines whose safety checker is left out."""
@@ -78,11 +80,15 @@ SCHEDULERS = {
 """Classes that take noise laid out by betas and steps by their number, whichever way they step."""
 OTHERWISE = {"sigma_data": None, "use_flow_sigmas": False, "timestep_type": "discrete"}
 """Fields by which such a class becomes one of another noise, and what they say where it does not."""
+OWN = {"image_normalizer": "stable_diffusion", "bert": "latent_diffusion"}
+"""Parts whose classes are those of a pipeline."""
 FILES = {"feature_extractor": "preprocessor_config.json"}
 """Files of parts whose fields do not stand in config.json or scheduler_config.json."""
 LOW_RESOLUTION = NoiseSchedule(kind="scaled_linear", beta_start=0.0001, beta_end=0.02)
 """The noise that the x4 upscaler's small picture gets."""
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+USUAL = {"beta_schedule": "linear", "prediction_type": "epsilon"}
+"""What diffusers takes for fields that are not written."""
 
 
 class Folder(NamedTuple):
@@ -129,13 +135,15 @@ def match_folder(path: Path, variant: str | None = None) -> Folder:
     coder_json = read_json(path / coder / "config.json") | {"_class_name": kinds[coder]}
     first_stage, scaling = _first_stage(str(path / coder / "config.json"), coder_json)
     towers, state = _towers(path, kinds)
-    cells = unet_json_.get("sample_size") or 64
-    cells = cells if isinstance(cells, int) else cells[0]
-    size = cells * first_stage.downsampling
+    size = _cells(path, unet_json_.get("sample_size") or 64) * first_stage.downsampling
     schedule, prediction = _schedule(path / "scheduler" / "scheduler_config.json")
     consistency = _consistency(path, unet_json_.get("time_cond_proj_dim"))
     absent = "zero" if index.get("force_zeros_for_empty_prompt") and len(towers) > 1 else "empty"
     clip = ClipConfig(tuple(towers), absent=absent) if towers else None  # type: ignore[arg-type]
+    bert = None
+    if "bert" in kinds:
+        bert = tower_configs.bert_config(str(path / "bert"), read_json(path / "bert" / "config.json"))
+        state = read_bert(path / "tokenizer")
     image = None
     if "image_encoder" in kinds:
         tower = image_config(str(path), read_json(path / "image_encoder" / "config.json"))
@@ -153,14 +161,22 @@ def match_folder(path: Path, variant: str | None = None) -> Folder:
         prediction=prediction,
         consistency=consistency,
         clip=clip,
+        bert=bert,
         numbers=_numbers(network, place, clip, unet_json_.get("addition_time_embed_dim"), size),
         image=image,
     )
-    affordable(path, network, first_stage, architecture.towers())
-    model = built(architecture, {"text": {"tokenizer": state}} if clip else {}, str(path))
+    model = built(architecture, {"text": {"tokenizer": state}} if clip or bert else {}, str(path))
     found = _matched(path, model, place, coder, scaling, variant)
     aside = [name for name in NOT_READ if index.get(name) not in (None, [None, None])]
     return found._replace(ignored=found.ignored | {"parts that are not run": aside})
+
+
+def _cells(path: Path, said: Any) -> int:
+    """The side of the latents that the network was trained on, of a sample_size that is one number or two."""
+    cells = said[0] if isinstance(said, list) and said else said
+    if type(cells) is not int or not 0 < cells < 1 << 16:
+        raise InputError(f"{path}: sample_size is {str(said)[:80]!r}; give a whole number above 0, or two")
+    return cells
 
 
 def _first_stage(what: str, values: Mapping[str, Any]) -> tuple[AutoencoderConfig | TinyConfig, Statistics]:
@@ -169,19 +185,6 @@ def _first_stage(what: str, values: Mapping[str, Any]) -> tuple[AutoencoderConfi
         return autoencoder_config(what, values)
     config, scale, shift = tiny_names.tiny_config(what, values)
     return config, Statistics((shift,) * config.latent_channels, (1 / scale,) * config.latent_channels)
-
-
-def affordable(
-    path: Path, network: UNetConfig | None, stage: AutoencoderConfig | TinyConfig | None, towers: Iterable[Any]
-) -> None:
-    """Refuse configs that ask for absurdly many blocks before any is built; InputError."""
-    blocks = [tower.layers for tower in towers]
-    if network:
-        blocks += [network.blocks * (1 + depth) for depth in network.depth] + [network.middle_depth]
-    if isinstance(stage, AutoencoderConfig):
-        blocks.append(stage.blocks * len(stage.multipliers))
-    if sum(blocks) > 2000:
-        raise InputError(f"{path}: its configs ask for {sum(blocks)} blocks; at most 2000 are built")
 
 
 def _matched(
@@ -196,7 +199,7 @@ def _matched(
         own = {name: expected[name] for pair in pairs for name in pair.ours}
         ours, wrong = taken(pairs, tensors, own)
         left = tensors.keys() - {pair.theirs for pair in pairs}
-        numbers = {name for name in left if re.fullmatch(r"(.*\.)?position_ids", name)}
+        numbers = {name for name in left if re.fullmatch(r"(.*\.)?position_ids|to_logits\..*", name)}
         aside += [f"{folder}/{name}" for name in numbers]
         wrong.unknown += left - numbers
         for kind in Complaints.WORDS:
@@ -234,9 +237,9 @@ def _parts(path: Path, index: Mapping[str, Any]) -> dict[str, str]:
             continue
         if name in LEFT:
             continue
-        if len(entry) != 2 or entry[0] not in LIBRARIES or name not in PARTS or entry[1] not in PARTS[name]:
+        if len(entry) != 2 or str(entry[0]) not in LIBRARIES or name not in PARTS or entry[1] not in PARTS[name]:
             known = ", ".join(PARTS.get(name, ())) or "none of that name"
-            raise InputError(f"{path / INDEX}: part {name!r} is of {str(entry)[:80]}; known are {known}")
+            raise InputError(f"{path / INDEX}: part {name[:80]!r} is of {str(entry)[:80]}; known are {known}")
         kinds[name] = entry[1]
     for name in ("unet", "vae"):
         if name not in kinds and not (name == "vae" and "vqvae" in kinds):
@@ -279,22 +282,25 @@ def _schedule(path: Path) -> tuple[NoiseSchedule, PredictionName]:
     for field, plain in OTHERWISE.items():
         if (value := values.get(field, plain)) != plain:
             raise InputError(f"{path}: {field} is {str(value)[:80]!r}, which asks for other noise than that of betas")
-    kind = SCHEDULES.get(values.get("beta_schedule", "linear"))
-    prediction = PREDICTIONS.get(values.get("prediction_type", "epsilon"))
+    told = [str(values.get(name, usual))[:80] for name, usual in USUAL.items()]
+    kind, prediction = SCHEDULES.get(told[0]), PREDICTIONS.get(told[1])
     if kind is None or prediction is None:
         raise InputError(
-            f"{path}: beta_schedule is {values.get('beta_schedule')!r} and prediction_type "
-            f"{values.get('prediction_type')!r}; known are {', '.join(SCHEDULES)} and {', '.join(PREDICTIONS)}"
+            f"{path}: beta_schedule is {told[0]!r} and prediction_type {told[1]!r}; known are "
+            f"{', '.join(SCHEDULES)} and {', '.join(PREDICTIONS)}"
         )
     steps = values.get("num_train_timesteps", 1000)
     if type(steps) is not int or not 0 < steps <= 100_000 or values.get("trained_betas") is not None:
-        raise InputError(f"{path}: num_train_timesteps is {steps!r}, or betas are listed; neither is read")
+        raise InputError(f"{path}: num_train_timesteps is {str(steps)[:80]!r}, or betas are listed; neither is read")
     if kind == "cosine":  # it has no betas to begin and end with
         return NoiseSchedule(kind="cosine", steps=steps), cast(PredictionName, prediction)
+    betas = [values.get("beta_start", 0.0001), values.get("beta_end", 0.02)]
+    if not all(map(real, betas)):
+        raise InputError(f"{path}: beta_start and beta_end are {str(betas)[:80]}; give numbers")
     schedule = NoiseSchedule(
         kind=cast(Any, kind),
-        beta_start=float(values.get("beta_start", 0.0001)),
-        beta_end=float(values.get("beta_end", 0.02)),
+        beta_start=float(betas[0]),
+        beta_end=float(betas[1]),
         steps=steps,
         zero_terminal=bool(values.get("rescale_betas_zero_snr", False)),
     )
@@ -308,8 +314,8 @@ def _consistency(path: Path, width: Any) -> ConsistencyConfig | None:
     if not told and width is None:
         return None
     scale = values.get("timestep_scaling", 10.0) if told else 10.0
-    if not isinstance(scale, int | float) or not 0 < scale < 1e6:
-        raise InputError(f"{path}: timestep_scaling is {scale!r}; give a number above 0")
+    if not real(scale) or scale <= 0:
+        raise InputError(f"{path}: timestep_scaling is {repr(scale)[:80]}; give a number above 0")
     if width is not None and (type(width) is not int or not 4 <= width <= 1 << 16):
         raise InputError(f"{path}: time_cond_proj_dim is {str(width)[:80]!r}; give a whole number from 4 on")
     return ConsistencyConfig(float(scale), width)
@@ -322,7 +328,7 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     """
     root, architecture = Path(path), model.architecture
     place = "class_embedding" if architecture.image and architecture.image.slot == "vector" else "add_embedding"
-    coder = "vqvae" if architecture.network.plain_attention else "vae"
+    coder = "vqvae" if architecture.network.plain_attention or architecture.bert else "vae"
     _refuse(model, place)
     scale = usual_scale(model.first_stage)
     changed = model.state_dict() | folded(model.first_stage, scale, dtype)
@@ -352,6 +358,11 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
     ends = ["" if tower.projection is None else "_2" for tower in towers]
     for end, tower in zip(ends, towers):
         configs[f"text_encoder{end}"] = text_json(tower)
+    text = model.state().get("text", {}).get("tokenizer")
+    if architecture.bert:
+        if text is None:
+            raise InputError("diffusers' layout needs the vocabulary of this model's texts, which it does not have")
+        configs["bert"] = tower_configs.bert_json(architecture.bert)
     if architecture.image:
         configs["image_encoder"] = image_json(architecture.image.tower)
         if architecture.image.slot == "vector":
@@ -371,10 +382,13 @@ def write_folder(path: str | Path, model: LatentDiffusion, dtype: torch.dtype | 
             tensors = given(named, changed)
             if dtype is not None:
                 tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+            if folder == "bert":
+                tensors |= tower_names.bert_logits(tensors)
             stem = "diffusion_pytorch_model" if folder in ("unet", coder, "image_normalizer") else "model"
             write_tensors(new / folder / f"{stem}.safetensors", tensors, {"format": "pt"})
+        if architecture.bert:
+            write_bert(new / "tokenizer", text, architecture.bert.length)
         for end, tower in zip(ends, towers):
-            text = model.state()["text"]["tokenizer"]
             write_clip(new / f"tokenizer{end}", Vocabulary(text, tower.pad), tower.length)
         write_json(new / INDEX, _index(architecture, configs, [f"tokenizer{end}" for end in ends]))
 
@@ -445,7 +459,9 @@ def _scheduler_json(architecture: Architecture) -> dict[str, Any]:
 def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: list[str]) -> dict[str, Any]:
     clip, concat = architecture.clip, architecture.concat_channels
     xl = clip is not None and clip.vector_width > 0
-    if clip is None:
+    if architecture.bert:
+        kind = "LDMTextToImagePipeline"
+    elif clip is None:
         kind = "LDMPipeline"
     elif architecture.network.classes:
         kind = "StableDiffusionUpscalePipeline"
@@ -461,10 +477,12 @@ def _index(architecture: Architecture, configs: Mapping[str, Any], tokenizers: l
     index: dict[str, Any] = {"_class_name": kind, "_diffusers_version": VERSION}
     classes: dict[str, str] = {}
     for name, fields in configs.items():
-        towers = "text_encoder" in name or name == "image_encoder"
+        towers = "text_encoder" in name or name in ("image_encoder", "bert")
         classes[name] = fields["architectures"][0] if towers else fields.get("_class_name", "CLIPImageProcessor")
         library = "transformers" if towers or name == "feature_extractor" else "diffusers"
-        index[name] = ["stable_diffusion" if name == "image_normalizer" else library, classes[name]]
+        index[name] = [OWN.get(name, library), classes[name]]
+    if architecture.bert:
+        index["tokenizer"] = ["transformers", "BertTokenizer"]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in tokenizers}
     if xl and clip is not None:
         index["force_zeros_for_empty_prompt"] = clip.absent == "zero"

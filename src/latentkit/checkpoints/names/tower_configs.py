@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -9,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from latentkit.errors import InputError
 from latentkit.model.conditioners.image import MEAN, STD
 from latentkit.nets.clip import ClipImageConfig, ClipTextConfig
+from latentkit.nets.towers import BertTextConfig
 
 VERSION = "4.57.0"
 """Of the transformers whose fields are written; later ones read them too."""
@@ -23,6 +25,16 @@ BLOCKS = {
 TEXT = {**BLOCKS, "vocabulary": "vocab_size", "length": "max_position_embeddings"}
 IMAGE = {**BLOCKS, "size": "image_size", "patch": "patch_size"}
 """Our fields and theirs."""
+BERT = "LDMBertModel"
+LDM_BERT = {
+    "vocabulary": "vocab_size",
+    "length": "max_position_embeddings",
+    "width": "d_model",
+    "layers": "encoder_layers",
+    "heads": "encoder_attention_heads",
+    "head_width": "head_dim",
+}
+"""The same of diffusers' class for the 2021 encoder, whose own values for what is not written are ours too."""
 EPS = 1e-5
 _TEXT, _IMAGE = TypeAdapter(ClipTextConfig), TypeAdapter(ClipImageConfig)
 
@@ -35,7 +47,7 @@ def text_config(what: str, values: Mapping[str, Any], *, pad: int | None, penult
     """
     fields = _fields(what, values, TEXT, vocab_size=49408, max_position_embeddings=77, projection_dim=512)
     fields |= {"pad": pad, "skip": int(penultimate), "final_norm": not penultimate}
-    if "CLIPTextModelWithProjection" not in (values.get("architectures") or ()):
+    if "CLIPTextModelWithProjection" not in str(values.get("architectures")):
         fields["projection"] = None
     try:
         return _TEXT.validate_json(json.dumps(fields), strict=True)
@@ -46,11 +58,38 @@ def text_config(what: str, values: Mapping[str, Any], *, pad: int | None, penult
 def image_config(what: str, values: Mapping[str, Any]) -> ClipImageConfig:
     """The tower of an image encoder's config.json; errors as `text_config`."""
     if values.get("num_channels", 3) != 3:
-        raise InputError(f"{what}: num_channels is {values['num_channels']!r}; only 3 are run")
+        raise InputError(f"{what}: num_channels is {str(values['num_channels'])[:80]!r}; only 3 are run")
     try:
         return _IMAGE.validate_json(json.dumps(_fields(what, values, IMAGE, projection_dim=512)), strict=True)
     except ValidationError as error:
         raise _wrong(what, error) from None
+
+
+def bert_config(what: str, values: Mapping[str, Any]) -> BertTextConfig:
+    """The 2021 encoder of a config.json; errors as `text_config`."""
+    usual = asdict(BertTextConfig())
+    fields = {ours: values.get(theirs, usual[ours]) for ours, theirs in LDM_BERT.items()}
+    for theirs, number in fields.items():
+        if type(number) is not int or not 0 < number < 1 << 20:
+            raise InputError(f"{what}: {LDM_BERT[theirs]} is {str(number)[:80]!r}; give a whole number above 0")
+    for name, wanted in (("activation_function", "gelu"), ("encoder_ffn_dim", 4 * fields["width"])):
+        if values.get(name, wanted if name != "encoder_ffn_dim" else 5120) != wanted:
+            raise InputError(f"{what}: {name} is {str(values.get(name))[:80]!r}; only {wanted!r} is run")
+    return BertTextConfig(**fields)
+
+
+def bert_json(config: BertTextConfig) -> dict[str, Any]:
+    """The config.json of our 2021 encoder."""
+    fields = {theirs: getattr(config, ours) for ours, theirs in LDM_BERT.items()}
+    return {
+        "architectures": [BERT],
+        "activation_function": "gelu",
+        "encoder_ffn_dim": 4 * config.width,
+        "model_type": "ldmbert",
+        "pad_token_id": 0,
+        "transformers_version": VERSION,
+        **fields,
+    }
 
 
 def _fields(what: str, values: Mapping[str, Any], names: Mapping[str, str], **defaults: int) -> dict[str, Any]:
@@ -60,7 +99,7 @@ def _fields(what: str, values: Mapping[str, Any], names: Mapping[str, str], **de
     if missing:
         raise InputError(f"{what}: fields {missing} are missing")
     if given["layer_norm_eps"] != EPS:
-        raise InputError(f"{what}: layer_norm_eps is {given['layer_norm_eps']!r}; only {EPS} is run")
+        raise InputError(f"{what}: layer_norm_eps is {str(given['layer_norm_eps'])[:80]!r}; only {EPS} is run")
     fields = {ours: given[theirs] for ours, theirs in names.items()}
     usual = isinstance(fields["width"], int) and fields["hidden"] == 4 * fields["width"]
     return fields | ({"hidden": None} if usual else {})

@@ -5,7 +5,10 @@ Stability-AI/generative-models `encoders/modules.py` and stablediffusion `module
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor
 
 from latentkit.checkpoints.names.rename import Pair, prefixed
 from latentkit.errors import InputError
@@ -138,6 +141,28 @@ def bert_text(config: BertTextConfig) -> list[Pair]:
     return [*pairs, *_layer("norm", "norm_out")]
 
 
+def ldm_bert(config: BertTextConfig) -> list[Pair]:
+    """The same in diffusers' LDMBertModel."""
+    pairs = [Pair("embed_tokens.weight", ("token_embedding.weight",))]
+    pairs.append(Pair("embed_positions.weight", ("position_embedding",)))
+    for i in range(config.layers):
+        theirs, ours = f"layers.{i}", f"blocks.{i}"
+        pairs += _layer(f"{theirs}.self_attn_layer_norm", f"{ours}.norm_attention")
+        for name in "qkv":
+            pairs += _layer(f"{theirs}.self_attn.{name}_proj", f"{ours}.attention.{name}", ["weight"])
+        pairs += _layer(f"{theirs}.self_attn.out_proj", f"{ours}.attention.out")
+        pairs += _layer(f"{theirs}.final_layer_norm", f"{ours}.norm_feed")
+        pairs += _layer(f"{theirs}.fc1", f"{ours}.feed_in")
+        pairs += _layer(f"{theirs}.fc2", f"{ours}.feed_out")
+    return prefixed([*pairs, *_layer("layer_norm", "norm_out")], "model.")
+
+
+def bert_logits(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What LDMBertModel has behind its encoder, which takes no part in a picture: zeros."""
+    words = tensors["model.embed_tokens.weight"]
+    return {"to_logits.weight": torch.zeros_like(words), "to_logits.bias": torch.zeros_like(words[:, 0])}
+
+
 def single_file_pairs(architecture: Architecture, names: Collection[str] = ()) -> list[Pair]:
     """Every tensor of the conditioners in the single files of CompVis and Stability, prefixes included.
 
@@ -188,10 +213,12 @@ def of_comfy(names: Iterable[str]) -> dict[str, str]:
 
 def folder_pairs(architecture: Architecture) -> dict[str, list[Pair]]:
     """Every tensor of the conditioners in a diffusers folder, by sub-folder; InputError for what it cannot hold."""
-    others = ("text", "bert", "label", "layout", "map")
+    others = ("text", "label", "layout", "map")
     if what := next((name for name in others if getattr(architecture, name)), None):
         raise InputError(f"diffusers' layout has no place for this model's {what} conditioner; only for CLIP's towers")
     folders: dict[str, list[Pair]] = {}
+    if architecture.bert:
+        folders["bert"] = prefixed(ldm_bert(architecture.bert), "", "conditioners.text.encoder.")
     towers = architecture.clip.towers if architecture.clip else ()
     for index, tower in enumerate(towers):
         folder = "text_encoder" if tower.projection is None else "text_encoder_2"

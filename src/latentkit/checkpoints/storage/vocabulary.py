@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from latentkit.checkpoints.storage.archive import refuse_other
 from latentkit.errors import InputError
 from latentkit.model.conditioners.tokenizer import END, START, byte_pairs, clip_tokenizer, from_json, word_pieces
 
@@ -123,8 +124,24 @@ def read_bert(path: Path) -> str:
     return str(word_pieces({line: number for number, line in enumerate(text.removesuffix("\n").split("\n"))}).to_str())
 
 
+def write_bert(folder: Path, text: str, length: int) -> None:
+    """BERT's vocabulary of a tokenizer's JSON text, in every file that transformers looks for."""
+    vocab = from_json(text).get_vocab()
+    named = {"cls_token": "[CLS]", "mask_token": "[MASK]", "pad_token": "[PAD]", "sep_token": "[SEP]"}
+    config = {"tokenizer_class": "BertTokenizer", "model_max_length": length, "do_lower_case": True, **named}
+    files = {
+        ALL: text,
+        "vocab.txt": "\n".join(sorted(vocab, key=lambda word: vocab[word])) + "\n",
+        "tokenizer_config.json": json.dumps(config | {"unk_token": "[UNK]"}, indent=2),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (folder / name).write_text(content, encoding="utf-8")
+
+
 def _text(path: Path) -> str:
     try:
+        refuse_other(path)
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path}: is larger than {MOST_BYTES >> 20} MB: no tokenizer is")
         return path.read_text(encoding="utf-8")
