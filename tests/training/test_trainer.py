@@ -238,6 +238,25 @@ def test_a_signal_saves_and_exits(tmp_path, number, code):
     assert digest(tmp_path / "run") == digest(tmp_path / "whole")
 
 
+def test_a_signal_in_the_last_save_is_answered(tmp_path, capsys):
+    trainer = make(tmp_path / "run")
+    sync = trainer.run.metrics.sync
+
+    def interrupted():
+        if trainer.step == trainer.schedule.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sync()
+
+    trainer.run.metrics.sync = interrupted
+    with trainer.run, pytest.raises(SystemExit) as stop:
+        trainer.train()
+    assert stop.value.code == 130
+    assert f"after step {trainer.schedule.steps}; run the same command to go on" in capsys.readouterr().err
+    train(tmp_path / "run")
+    train(tmp_path / "whole")
+    assert digest(tmp_path / "run") == digest(tmp_path / "whole")
+
+
 def test_another_network_is_not_taken_for_this_run(tmp_path):
     trainer = make(tmp_path / "run")
     with trainer.run:

@@ -135,10 +135,15 @@ class Trainer:
                     last = signal > 0 or self.step == self.schedule.steps
                     if last or self.step % self.schedule.save_every == 0 or self._begins():
                         self.save(last)
-                    if signal:
-                        if not self.progress.silent:
-                            say(f"stopped by signal {signal} after step {self.step}; run the same command to go on")
-                        raise Stopped(128 + signal)
+                    self._stop(signal)
+            self._stop(distributed.largest(interrupt.signal))  # one that came in the last save
+
+    def _stop(self, signal: int) -> None:
+        """Say that a signal ends the run, and end it; nothing where there was none."""
+        if signal:
+            if not self.progress.silent:
+                say(f"stopped by signal {signal} after step {self.step}; run the same command to go on")
+            raise Stopped(128 + signal)
 
     def log(self, values: Mapping[str, float]) -> None:
         """Write values of the present step into the metrics (for callbacks); they must not hold times."""
