@@ -169,7 +169,7 @@ def test_tensors_that_cannot_be_meant_are_refused(kind: str, tmp_path: Path, idl
 BLOCKS = {
     "autoencoder": {f"encoder.down.{n}.block.{n}.norm2.weight": [1] for n in range(100)}
     | {f"encoder.down.{n}.block.0.norm2.weight": [1] for n in range(100)}
-    | {f"{name}.weight": [1, 1, 1, 1] for name in ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in")}
+    | {"encoder.conv_in.weight": [1] * 4, "encoder.conv_out.weight": [2, 1, 1, 1], "decoder.conv_in.weight": [1] * 4}
     | {"encoder.down.0.block.99.norm2.weight": [1]},
     "U-Net": {f"input_blocks.{n}.1.transformer_blocks.{n}.x": [1] for n in range(999)}
     | {"input_blocks.0.0.weight": [1, 4, 3, 3]},
