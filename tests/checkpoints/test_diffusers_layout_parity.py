@@ -21,7 +21,7 @@ from latentkit.nets.unet import UNet
 
 pytestmark = pytest.mark.parity
 
-FAMILIES = ["SD 1", "SD 1 inpainting", "SD 2", "XL"]
+FAMILIES = ["SD 1", "SD 1 inpainting", "SD 2", "XL", "refiner"]
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -43,13 +43,11 @@ def compute_the_same(model: LatentDiffusion, pipeline: Any) -> None:
     if getattr(pipeline, "text_encoder_2", None) is None:
         context = pipeline.text_encoder(tokens[0])[0]
     else:
-        states = [
-            tower(ids, output_hidden_states=True)
-            for tower, ids in zip((pipeline.text_encoder, pipeline.text_encoder_2), tokens)
-        ]
+        towers = [tower for tower in (pipeline.text_encoder, pipeline.text_encoder_2) if tower is not None]
+        states = [tower(ids, output_hidden_states=True) for tower, ids in zip(towers, tokens, strict=True)]
         context = torch.cat([state.hidden_states[-2] for state in states], -1)
         ids = torch.tensor([model.architecture.numbers.default] * 2) if model.architecture.numbers else None
-        added = {"text_embeds": states[1][0], "time_ids": ids}
+        added = {"text_embeds": states[-1][0], "time_ids": ids}
     assert told.context is not None
     assert distance(told.context, context) < 1e-5
     expected = unet(x, timestep, context, added_cond_kwargs=added).sample
@@ -93,8 +91,8 @@ def test_a_single_file_is_a_pipeline(name: str, tmp_path: Path) -> None:
     model = family.model(name)
     write_folder(tmp_path / "config", model)
     write_single(tmp_path / "model.safetensors", model, "test")
-    kinds = {"XL": diffusers.StableDiffusionXLPipeline, "SD 1 inpainting": diffusers.StableDiffusionInpaintPipeline}
-    kind: Any = kinds.get(name, diffusers.StableDiffusionPipeline)
+    kinds = {"XL": "XL", "SD 1 inpainting": "Inpaint", "refiner": "XLImg2Img"}
+    kind: Any = getattr(diffusers, f"StableDiffusion{kinds.get(name, '')}Pipeline")
     weights = list((tmp_path / "config").rglob("*.safetensors"))
     for file in weights:  # nothing but configs and tokenizers may come from there
         file.unlink()

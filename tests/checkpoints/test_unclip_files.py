@@ -90,6 +90,17 @@ def test_diffusers_loads_the_folder_with_all_its_parts(name: str, tmp_path: Path
         theirs, schedule = pipeline.low_res_scheduler, NoiseSchedule("scaled_linear", 0.0001, 0.02)
     alpha_bar = 1 / (1 + torch.from_numpy(schedule.sigmas.copy()) ** 2)
     torch.testing.assert_close(theirs.alphas_cumprod.double(), alpha_bar, rtol=1e-4, atol=1e-6)
+    x, timestep = torch.randn(2, pipeline.unet.config.in_channels, 8, 8), torch.tensor([3.0, 951.0])
+    context = torch.randn(2, 5, 48)
+    vector = torch.randn(2, 48) if "UnCLIP" in name else torch.tensor([[3.0], [41.0]])
+    labels = vector if "UnCLIP" in name else torch.tensor([3, 41])
+    with torch.no_grad():
+        expected = pipeline.unet(x, timestep, context, class_labels=labels).sample
+        torch.testing.assert_close(model.denoiser.unet(x, timestep, context, vector), expected, rtol=1e-5, atol=1e-5)
+        if "UnCLIP" in name:
+            tower, pixels = model.get_submodule("conditioners.image.tower"), torch.randn(1, 3, 28, 28)
+            seen = pipeline.image_encoder(pixels).image_embeds
+            torch.testing.assert_close(tower(pixels), seen, rtol=1e-5, atol=1e-5)
     pipeline.save_pretrained(tmp_path / "theirs")
     the_same(model, read_folder(tmp_path / "theirs"))
     index = json.loads((tmp_path / "model" / "model_index.json").read_text())
