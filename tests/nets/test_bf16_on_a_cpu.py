@@ -8,6 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentkit.nets import attention, layers
 
+OWN_NORM = layers._forward
+
 
 def apart(ours: Tensor, exact: Tensor) -> float:
     """The largest difference, relative to the largest value."""
@@ -49,6 +51,25 @@ def test_norm_has_the_values_and_gradients_of_float64(
     found, true = torch.autograd.grad(ours, by, slope), torch.autograd.grad(exact, by, slope.double())
     assert apart(found[0], true[0].double()) < 6e-3
     assert all(apart(a, b.double()) < 1e-5 for a, b in zip(found[1:], true[1:], strict=True))
+
+
+@pytest.mark.parametrize("side", [31, 32])
+def test_norm_without_a_gradient_is_that_with_one(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x, slow = norm(64).bfloat16(), picture(2, 64, side, side), []
+    monkeypatch.setattr(layers, "_forward", lambda *given: slow.append(1) or OWN_NORM(*given))
+    with torch.no_grad():
+        drawn = layers.normalised(module, x)
+    assert len(slow) == (side < 32)  # where torch's own way is the slower one
+    assert drawn.is_contiguous(memory_format=torch.channels_last)
+    assert apart(drawn, layers.normalised(module, x).double()) < 1e-2
+
+
+def test_heads_of_any_width_are_filled_up_to_tiles() -> None:
+    q, k, v = (random(1, 2, 20 + width, width).bfloat16() for width in (40, 40, 40))
+    with torch.no_grad():
+        drawn = attention.attend(q, k, v)
+    assert drawn.shape == q.shape
+    assert apart(drawn, F.scaled_dot_product_attention(q.double(), k.double(), v.double())) < 1e-2
 
 
 def test_norm_is_finite_where_rounding_makes_a_variance_negative() -> None:
@@ -138,7 +159,7 @@ def test_float32_attention_goes_through_the_kernel() -> None:
     assert torch.equal(attention.attend(q, q, q), F.scaled_dot_product_attention(q, q, q))
 
 
-@pytest.mark.parametrize("size", [(16, 16), (15, 16), (17, 23)])
+@pytest.mark.parametrize("size", [(32, 16), (15, 16), (17, 23)])
 @pytest.mark.parametrize("odd", [True, False])
 def test_upsampling_is_repetition_and_convolution(size: tuple[int, int], odd: bool) -> None:
     module, x = layers.Upsample(8).bfloat16(), random(2, 8, *size).bfloat16().requires_grad_()
@@ -155,13 +176,15 @@ def test_upsampling_is_repetition_and_convolution(size: tuple[int, int], odd: bo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_upsampling_of_large_pictures_multiplies_less(dtype: torch.dtype) -> None:
-    def operations(side: int) -> int:
+    def operations(count: int, side: int) -> int:
         with FlopCounterMode(display=False) as counter:
-            layers.Upsample(8).to(dtype)(random(1, 8, side, side).to(dtype))
+            layers.Upsample(8).to(dtype)(random(count, 8, side, side).to(dtype))
         return counter.get_total_flops()
 
-    assert operations(15) == 2 * 8 * 8 * 9 * 30 * 30
-    assert operations(16) == 2 * 8 * 8 * (9 * 32 * 32 if dtype == torch.float32 else 16 * 16 * 16)
+    assert operations(1, 31) == 2 * 8 * 8 * 9 * 62 * 62
+    for count, side in ((1, 32), (4, 16)):
+        cells = count * side * side
+        assert operations(count, side) == 2 * 8 * 8 * cells * (9 * 4 if dtype == torch.float32 else 16)
 
 
 def test_only_bfloat16_on_a_cpu_is_laid_out_anew() -> None:

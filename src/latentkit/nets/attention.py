@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from latentkit.nets.layers import bf16_on_cpu, group_norm, normalised, zeroed
 
-PORTION = 1 << 20
+PORTION = 1 << 21
 """Scores that `_MatrixAttention` works on at a time: few enough for the cache; half as many on the way back."""
+TILE = 16
+"""Width of the tiles that matrix products are fast in; Stable Diffusion's heads of 40 are filled up to it."""
 
 
 def _fused() -> Any:
@@ -78,12 +80,14 @@ class _MatrixAttention(torch.autograd.Function):
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     """The values that each query gets, `b h n d`."""
-    y, scale = _unwritten(q), q.shape[3] ** -0.5
+    y, width = _unwritten(q), q.shape[3]
+    scale, spare = width**-0.5, -width % TILE
     for rows, heads, chunks in _portions(q, k, PORTION):
-        k_, v_ = k[rows, heads], v[rows, heads]
+        k_, v_ = k[rows, heads].contiguous(), F.pad(v[rows, heads], (0, spare)).contiguous()  # once for all chunks
         for chunk in chunks:
             part = rows, heads, chunk
-            y[part] = _scores(q[part] * scale, k_, allowed, rows).softmax(-1) @ v_  # the softmax is float32 inside
+            weights = _scores(q[part] * scale, k_, allowed, rows).softmax(-1)  # float32 inside
+            y[part] = _product(weights, v_)[..., :width]
     return y
 
 
@@ -105,9 +109,14 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of each picture and head; `@` itself would copy what is transposed."""
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+
+
 def _scores(scaled: Tensor, k: Tensor, allowed: Tensor | None, rows: slice) -> Tensor:
     """What the softmax is taken of, `b h n m`."""
-    scores = scaled @ k.transpose(2, 3)
+    scores = _product(scaled, k.transpose(2, 3))
     return scores if allowed is None else scores.masked_fill(~allowed[rows], float("-inf"))
 
 
