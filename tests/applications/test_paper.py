@@ -211,6 +211,18 @@ def test_a_signal_between_two_runs_is_answered(made, pictures, tmp_path, monkeyp
     assert capsys.readouterr().err.endswith("\nstopped; run the same command to go on\n")
 
 
+def test_a_signal_while_pictures_are_compared_is_answered(compared, made, pictures, tmp_path, monkeypatch, capsys):
+    def stopped(*_):
+        raise SystemExit(143)
+
+    shutil.copytree(compared, tmp_path / "compression")
+    (tmp_path / "compression" / "f4" / "point-00000003.json").unlink()
+    monkeypatch.setattr(compression, "_point", stopped)
+    with pytest.raises(Stopped):
+        compression.compression(pictures, tmp_path / "compression", minutes=0.03, trained=made, size=8)
+    assert capsys.readouterr().err.endswith("\nstopped; run the same command to go on\n")
+
+
 def test_a_signal_in_training_is_answered_once(pictures, tmp_path, monkeypatch, capsys):
     real = AutoencoderObjective.loss
 
