@@ -113,7 +113,7 @@ _SEEING = replace(family.ARCHITECTURES["SD 2"], network=replace(family.V2, vecto
         *((replace(_SD1, prediction=name), f"no prediction '{name}'") for name in ("x0", "flow", "edm", "score")),
         (replace(_SD1, schedule=NoiseSchedule(kind="cosine")), "no noise schedule as this 'cosine' one"),
         (replace(_SD1, schedule=NoiseSchedule(kind="linear")), "no noise schedule as this 'linear' one"),
-        (replace(_SD1, schedule=replace(family.SCHEDULE, beta_end=0.0195)), "no noise schedule"),
+        (replace(_SD1, schedule=replace(family.SCHEDULE, beta_start=0.0015, beta_end=0.0195)), "no noise schedule"),
         (_SEEING, "no noise of its own on embedded pictures"),
     ],
 )  # fmt: skip
