@@ -1,8 +1,6 @@
 """`--vae`: into the picture and its record, asked for by `replay`, refused by name where it does not fit."""
 
 import json
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +9,6 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from latentkit import cli
 from latentkit.applications.metadata import read
 from latentkit.checkpoints.diffusers_folder import write_folder
 from latentkit.checkpoints.files import save_autoencoder, save_model
@@ -33,24 +30,10 @@ def stage() -> FirstStage:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(run: Run) -> Run:
     """Runs the command in a folder with a model; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
     save_model("sd.safetensors", family.model("SD 1"), {}, torch.float32)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            cli.LOG.setLevel("NOTSET")
-        return 0
-
-    return call
+    return run
 
 
 def test_it_is_recorded_and_asked_for_when_the_picture_is_drawn_again(

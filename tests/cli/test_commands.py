@@ -39,24 +39,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model: Path) -> Run:
+def run(run: Run, model: Path) -> Run:
     """Runs the command in an empty folder that holds the model `tiny.safetensors`; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
     os.link(model, "tiny.safetensors")
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            cli.LOG.setLevel("NOTSET")
-        return 0
-
-    return call
+    return run
 
 
 M = ("-m", "tiny.safetensors")

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,32 +10,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentkit import cli
 from latentkit.applications.metadata import read
 from latentkit.checkpoints.files import digest, save_model
 from latentkit.data.pictures import to_png
 
 Run = Callable[..., int]
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """Runs the command in an empty folder; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            cli.LOG.setLevel("NOTSET")
-        return 0
-
-    return call
 
 
 def test_a_base_with_its_refiner_an_inversion_and_sizes(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

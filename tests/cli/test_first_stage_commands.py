@@ -2,8 +2,6 @@
 
 import json
 import re
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +10,6 @@ import pytest
 import tifffile
 import torch
 
-from latentkit import cli
 from latentkit.checkpoints.files import save_autoencoder
 from latentkit.data.pictures import decode, tiff_of, to_png, to_tensor
 from latentkit.evaluation.reconstruction import psnr, reconstruct
@@ -25,29 +22,15 @@ Run = Callable[..., int]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs the command in a folder with four pictures and an autoencoder's file; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = AutoencoderConfig(latent_channels=2, channels=16, multipliers=(1, 2), blocks=1, attention=False, codes=8)
     save_autoencoder("ae.safetensors", FirstStage(config, 3), {})
     Path("pictures").mkdir()
     for number in range(4):
         Path(f"pictures/{number}.png").write_bytes(to_png(torch.rand(3, 12, 13 + number) * 2 - 1))
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            cli.LOG.setLevel("NOTSET")
-        return 0
-
-    return call
+    return run
 
 
 M = ("-m", "ae.safetensors")

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +11,6 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from latentkit import cli
 from latentkit.applications import search_spacing as application
 from latentkit.applications.request import ask
 from latentkit.applications.rules import resolve
@@ -28,26 +25,13 @@ PROMPTS = ["red heart", "pizza"]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs the command in a folder that holds the model `tiny.safetensors`; gives the exit code."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(application, "FINE", 8)
     monkeypatch.setattr(application, "SAMPLES", 3)
     recipe = {"sampling": {"prompts": PROMPTS}}
     save_model("tiny.safetensors", tiny_model(), {"defaults": {"steps": 3, "guidance_scale": 1.5}, "recipe": recipe})
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["latentkit", *words])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        return 0
-
-    return call
+    return run
 
 
 SEARCH = ("search-spacing", "-m", "tiny.safetensors")

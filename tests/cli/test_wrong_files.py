@@ -1,7 +1,5 @@
 """A file given where another kind was wanted is named as what it is; folders of LoRAs; words that are wrong."""
 
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentkit import cli
 from latentkit.applications.attachment import Attachment, WeightsFile
 from latentkit.applications.request import ask
 from latentkit.checkpoints.adapters.control_files import write_control
@@ -84,24 +81,11 @@ WANTED = {
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Run:
+def run(run: Run, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path) -> Run:
     """Runs the command in the folder; gives the exit code."""
     monkeypatch.chdir(folder)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def call(*words: str) -> int:
-        out = ["--out", str(tmp_path / "out")] if words[0] == "generate" else []
-        monkeypatch.setattr(sys, "argv", ["latentkit", *words, *out])
-        try:
-            cli.main()
-        except SystemExit as end:
-            return int(end.code or 0)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-            cli.LOG.setLevel("NOTSET")
-        return 0
-
-    return call
+    out = ("--out", str(tmp_path / "out"))
+    return lambda *words: run(*words, *(out if words[0] == "generate" else ()))
 
 
 def test_what_files_hold(folder: Path) -> None:
