@@ -67,7 +67,7 @@ def test_configs_of_image_towers_come_back(tower: ClipImageConfig) -> None:
     ("change", "message"),
     [
         ({"hidden_act": "relu"}, "it: hidden_act is 'relu'; Input should be 'quick_gelu' or 'gelu'"),
-        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is 1e-06; only 1e-05 is run"),
+        ({"layer_norm_eps": 1e-6}, "layer_norm_eps is '1e-06'; only 1e-05 is run"),
         ({"num_attention_heads": 5}, "it: CLIP text tower has width 768, which is no multiple of its 5 heads"),
         ({"num_hidden_layers": "12"}, "num_hidden_layers is '12'; Input should be a valid integer"),
         ({"hidden_size": None}, "hidden_size is 'None'"),
@@ -82,7 +82,7 @@ def test_missing_fields_and_other_channels_are_named() -> None:
     rest = {name: value for name, value in TEXT.items() if name not in ("hidden_size", "num_hidden_layers")}
     with pytest.raises(InputError, match=r"fields \['hidden_size', 'num_hidden_layers'\] are missing"):
         text_config("it", rest, pad=None, penultimate=False)
-    with pytest.raises(InputError, match="num_channels is 4; only 3"):
+    with pytest.raises(InputError, match="num_channels is '4'; only 3"):
         image_config("it", {**image_json(VIT_L_IMAGE), "num_channels": 4})
 
 
