@@ -235,7 +235,7 @@ def test_every_tensor_of_full_size_conditioners_has_its_place_in_a_folder(name: 
     assert sorted(name for pairs in found.values() for pair in pairs for name in pair.ours) == sorted(ours)
 
 
-@pytest.mark.parametrize(("name", "what"), [("layout2img", "layout"), ("cin256", "label")])
+@pytest.mark.parametrize(("name", "what"), [("semantic_synthesis256", "map"), ("cin256", "label")])
 def test_what_a_folder_cannot_hold_is_named(name: str, what: str) -> None:
     with pytest.raises(InputError, match=f"no place for this model's {what} conditioner"):
         folder_pairs(PRESETS[name].architecture)

@@ -21,7 +21,7 @@ from latentkit.nets.autoencoder import Autoencoder, Level, Middle
 from latentkit.nets.bottleneck import Posterior, certain, exact, posterior
 from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, bf16_on_cpu
 
-ELEMENTS = 1 << 22
+ELEMENTS = 1 << 21
 """Elements of a strip, halo apart."""
 
 
