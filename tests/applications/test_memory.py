@@ -53,7 +53,7 @@ def picture(network: LatentDiffusion) -> torch.Tensor:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_part_that_overflows_works_again_in_float32(part: str, caplog: pytest.LogCaptureFixture) -> None:
     network = overflowing(part)
-    model = Model(network, name="tiny", digest="1" * 64)
+    model = Model(network, name="tiny", sha256="1" * 64)
     with caplog.at_level(logging.WARNING, "latentkit"):
         drawn = results(generate(model, ASKED, count=2, exact=True))
     assert [one.record.wide for one in drawn] == [(part,)] * 2

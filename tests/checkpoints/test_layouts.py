@@ -1,5 +1,6 @@
 """Models of every family in the released layouts: there and back to the bit, every tensor accounted for."""
 
+import hashlib
 import json
 import math
 import random
@@ -7,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from latentkit.checkpoints import ldm_file
+from latentkit.checkpoints import files, ldm_file
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
-from latentkit.checkpoints.files import load
+from latentkit.checkpoints.files import digest, load
 from latentkit.checkpoints.layouts import report
 from latentkit.checkpoints.ldm_file import read_single, write_single
 from latentkit.checkpoints.names.diffusers_names import unet_pairs
@@ -354,7 +357,25 @@ def test_load_takes_every_layout(tmp_path: Path) -> None:
         assert loaded.network.architecture == model.architecture
         assert loaded.network.denoiser.unet.conv_in.weight.dtype == torch.float32  # half is slow on a CPU
         assert loaded.network.first_stage.latent_std.dtype == torch.float32
-        assert len(loaded.digest) == 64
+        assert loaded.digest == digest(tmp_path / name)
+    assert (
+        digest(tmp_path / "one.safetensors") == hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
+    )
     shutil.rmtree(tmp_path / "folder" / "vae")
     with pytest.raises(InputError, match=r"vae.config\.json"):
         load(tmp_path / "folder")
+
+
+def test_loading_does_not_wait_for_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_single(tmp_path / "one.safetensors", family.model("SD 1", torch.float16), "test")
+    go, found = threading.Event(), digest(tmp_path / "one.safetensors")
+    monkeypatch.setattr(files, "digest", lambda path: found if go.wait(60) else "")
+    loaded = load(tmp_path / "one.safetensors")
+    assert isinstance(loaded.sha256, Future)
+    assert not loaded.sha256.done()
+    go.set()
+    assert loaded.digest == found
+    (tmp_path / "one.safetensors").rename(tmp_path / "gone.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"one.safetensors: cannot be read: No such file"):
+        digest(tmp_path / "one.safetensors")

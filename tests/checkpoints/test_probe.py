@@ -16,6 +16,7 @@ import latentkit
 from latentkit.checkpoints import probe
 from latentkit.checkpoints.layouts import open_model, report
 from latentkit.checkpoints.ldm_file import write_single
+from latentkit.checkpoints.parts import Parts
 from latentkit.checkpoints.probe import HEADS, OTHER_WIDTH, Compared, probed_prediction
 from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.cli import application
@@ -82,12 +83,17 @@ def test_a_file_that_says_nothing_is_loaded_as_what_its_network_predicts(
     path = tmp_path / "model.safetensors"
     write_single(path, trained(prediction), "test")
     assert open_model(path).certain
+    turns: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Parts, "turn", lambda self, *names, turn=Parts.turn: turns.append(names) or turn(self, *names))
     tensors = {name: tensor for name, tensor in load_file(path).items() if name != "v_pred"}
     save_file(tensors, path)
     network = latentkit.load(path, "cpu").network
     assert network.architecture == (large if prediction == "v" else PRESETS["sd2.1-base"].architecture)
     assert network.denoiser.prediction.name == prediction
     assert f"{path} does not say what its network predicts; asked, the network predicts {prediction}" in caplog.text
+    assert not any(turns)
+    assert latentkit.load(path, "cpu", low_memory=True).network.denoiser.prediction.name == prediction
+    assert turns[-3:] == [("conditioners",), ("denoiser",), ()]
     assert report(path)["prediction"] == prediction
     CliRunner().invoke(
         application(), ["convert", str(path), str(tmp_path / "folder"), "--to", "diffusers"], catch_exceptions=False

@@ -13,8 +13,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import PlainSerializer, PlainValidator
 
-from latentkit.checkpoints.files import Model, load
-from latentkit.checkpoints.layouts import digest_of
+from latentkit.checkpoints.files import Model, digest, load
 from latentkit.data.pictures import Picture, decode
 from latentkit.errors import InputError
 
@@ -73,11 +72,7 @@ class WeightsFile:
     @staticmethod
     def read(path: str | Path) -> "WeightsFile":
         """The file (or diffusers folder) there, its content yet unread; InputError where there is none."""
-        path = Path(path)
-        try:
-            return WeightsFile(digest_of(path), path)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
+        return WeightsFile(digest(Path(path)), Path(path))
 
 
 def _by_digest(kind: type[T], how: str) -> PlainValidator:

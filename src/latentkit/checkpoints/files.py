@@ -8,8 +8,10 @@ or called.
 import hashlib
 import json
 import os
+import sys
+import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,9 +55,15 @@ class Model(NamedTuple):
     network: LatentDiffusion
     provenance: dict[str, Any] = {}  # noqa: RUF012
     name: str = "unsaved"
-    digest: str = ""
+    sha256: "str | Future[str]" = ""
+    """As `digest`, or what will be it."""
     place: Place | None = None
     """Where its parts compute when it is their turn, if they rest in their file (`load` with `low_memory`)."""
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of its file or folder (see `digest`), waited for if need be."""
+        return self.sha256 if isinstance(self.sha256, str) else self.sha256.result()
 
 
 class _Document(BaseModel):
@@ -141,9 +149,37 @@ def _in_folder(folder: Path) -> Path | None:
 
 
 def digest(path: Path) -> str:
-    """The sha256 of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The sha256 of a file, or of all of a folder's files and their names, 64 hexadecimal digits.
+
+    Errors: InputError for what cannot be read.
+    """
+    content = hashlib.sha256()
+    try:
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            with open(file, "rb") as stream:
+                own = hashlib.file_digest(stream, "sha256")
+            if not path.is_dir():
+                return own.hexdigest()
+            content.update(str(file.relative_to(path)).encode() + own.digest())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
+    return content.hexdigest()
+
+
+def _digested(path: Path) -> "Future[str]":
+    """The `digest` to come, from a thread that gives way to all others where the system can tell threads apart."""
+    found: Future[str] = Future()
+
+    def work() -> None:
+        if sys.platform == "linux":
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        try:
+            found.set_result(digest(path))
+        except Exception as error:
+            found.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return found
 
 
 def compute_type(stored: torch.dtype, device: torch.device) -> torch.dtype:
@@ -194,23 +230,22 @@ def load(
         except InputError as error:
             raise instead(error, foreign, "a whole model") from None
         stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
-        return Model(network, provenance, stem, digest(path), place if low_memory else None)
+        return Model(network, provenance, stem, _digested(path), place if low_memory else None)
     try:
         network, provenance, _, certain, _ = layouts.open_model(foreign)
     except InputError as error:
         raise instead(error, foreign, "a whole model") from None
-    with ThreadPoolExecutor(1) as beside:
-        hashed = beside.submit(layouts.digest_of, foreign)
-        for buffer in network.buffers():
-            buffer.data = buffer.data.to(place.device)
-        if not low_memory:
-            for parameter in network.parameters():
-                bring(parameter, place)
-        if not certain:
-            with Parts({"model": [(network, place)]}) as parts:
-                parts.turn("model")
-                probe.settle(network, str(foreign))
-        return Model(network, provenance, foreign.stem, hashed.result(), place if low_memory else None)
+    digested = _digested(foreign)
+    for buffer in network.buffers():
+        buffer.data = buffer.data.to(place.device)
+    if not low_memory:
+        for parameter in network.parameters():
+            bring(parameter, place)
+    if not certain:
+        resting = {name: [(module, place)] for name, module in network.named_children()} if low_memory else {}
+        with Parts(resting) as parts:
+            probe.settle(network, str(foreign), parts.turn if low_memory else None)
+    return Model(network, provenance, foreign.stem, digested, place if low_memory else None)
 
 
 def save_model(

@@ -1,6 +1,5 @@
 """Models in whichever of the three layouts they lie: our own file, a single file of the released code, a folder."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -120,17 +119,6 @@ def differences(ours: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> dic
             largest = (a.float() - b.float()).abs().max().item()
             found[name] = f"largest difference {largest:.3g}"
     return found
-
-
-def digest_of(path: Path) -> str:
-    """The sha256 of a file, or of all of a folder's files and their names."""
-    content = hashlib.sha256()
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        if path.is_dir():
-            content.update(str(file.relative_to(path)).encode())
-        with open(file, "rb") as stream:
-            content.update(hashlib.file_digest(stream, "sha256").digest())
-    return content.hexdigest()
 
 
 def report(path: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What no tensor's shape shows and a file does not say, asked of the network: eps or v, and how many heads it has."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ BOTH = ("sd1.5", "sd2.1-base", "sdxl")
 
 LIKENESS = 0.5
 """Share of the noise in the answer that tells the two apart: 1 for noise, about 1 / sigma for v."""
+CELLS = 8
+"""A side of the noise: the least that every level can halve, as what is asked costs what the weights' reading costs."""
 
 HEADS = ("cin256", "cin256-v2", "text2img256", "layout2img-openimages256")
 """Presets of whose shapes there are networks of other heads: later code makes other ones of their released configs."""
@@ -41,14 +44,14 @@ def doubtful(name: str, says_prediction: bool) -> bool:
 
 
 @torch.no_grad()
-def probed_prediction(denoiser: Denoiser, conditioning: Conditioning, channels: int, cells: int = 16) -> str:
-    """ "eps" or "v", by one evaluation on noise at the highest noise level, for one row of conditioning.
+def probed_prediction(denoiser: Denoiser, conditioning: Conditioning, channels: int) -> str:
+    """ "eps" or "v", by one evaluation on `CELLS` of noise at the highest noise level, for one row of conditioning.
 
     There nearly all of the input is noise: a network that predicts noise gives its input back, one that predicts v
     gives minus its guess of the picture. `channels` are the latent's; conditioning has its concat slot filled.
     """
     device = denoiser.unet.conv_in.weight.device
-    noise = keyed_normal((1, channels, cells, cells), 0, 0, "probe").to(device)
+    noise = keyed_normal((1, channels, CELLS, CELLS), 0, 0, "probe").to(device)
     sigma = torch.tensor([denoiser.schedule.sigma_max], dtype=torch.float64)
     answer = denoiser.network(noise * float(sigma), sigma, conditioning)
     share = (answer.double() * noise.double()).sum() / noise.double().square().sum()
@@ -107,36 +110,21 @@ def leaves(count: int, size: int) -> Tensor:
     return pictures
 
 
-def told(model: LatentDiffusion, count: int) -> Conditioning:
-    """Rows for `count` pictures of which nothing is said, or where a model must be told something, the first."""
-    values: dict[str, list[Any]] = {}
-    architecture = model.architecture
-    if architecture.label and not architecture.label.null:
-        values["label"] = [model.state()["label"]["classes"][0]] * count
-    if architecture.bert:
-        values["text"] = [[0] * architecture.bert.length] * count
-    return model.condition(values, count)
+def settle(model: LatentDiffusion, what: str, turn: Callable[[str], None] | None = None) -> None:
+    """Make a model of a preset's shapes what its network is, and say on stderr what that is; `what` is its file.
 
-
-def with_heads(denoiser: Denoiser, heads: dict[str, Any]) -> Denoiser:
-    """The same weights, not copied, in a network of other heads."""
-    with torch.device("meta"), Shapes():
-        other = Denoiser(replace(denoiser.unet.config, **heads), denoiser.schedule, denoiser.prediction.name)
-    other.load_state_dict(denoiser.state_dict(keep_vars=True), assign=True)
-    return other.eval().requires_grad_(False)
-
-
-def settle(model: LatentDiffusion, what: str) -> None:
-    """Make a model of a preset's shapes what its network is, and say on stderr what that is; `what` is its file."""
+    `turn` brings the child of the model of that name to where it computes, and lets the others rest.
+    """
     names = {name for name, known in PRESETS.items() if known.architecture.network == model.architecture.network}
-    if names & set(HEADS):
-        _settle_heads(model, what)
-    else:
-        _settle_prediction(model, what)
+    settled = _settle_heads if names & set(HEADS) else _settle_prediction
+    settled(model, what, turn or (lambda child: None))
 
 
-def _settle_prediction(model: LatentDiffusion, what: str) -> None:
-    found = probed_prediction(model.denoiser, model.condition({}, 1), model.first_stage.latent_channels)
+def _settle_prediction(model: LatentDiffusion, what: str, turn: Callable[[str], None]) -> None:
+    turn("conditioners")
+    conditioning = model.condition({}, 1)
+    turn("denoiser")
+    found = probed_prediction(model.denoiser, conditioning, model.first_stage.latent_channels)
     model.architecture = predicting(model.architecture, found)
     model.denoiser.prediction = PREDICTIONS[found]
     height, width = model.architecture.size
@@ -146,13 +134,17 @@ def _settle_prediction(model: LatentDiffusion, what: str) -> None:
     )
 
 
-def _settle_heads(model: LatentDiffusion, what: str) -> None:
+def _settle_heads(model: LatentDiffusion, what: str, turn: Callable[[str], None]) -> None:
     first = model.denoiser
     network = replace(first.unet.config, heads=None, head_width=OTHER_WIDTH)
     second = _rebuilt(first, network)
+    turn("first_stage")
     with torch.no_grad():
         latents = model.first_stage.encode(leaves(ROWS, SIDE * model.first_stage.downsampling))
-    found = compared(first, second, latents, _told(model, ROWS))
+    turn("conditioners")
+    conditioning = _told(model, ROWS)
+    turn("denoiser")
+    found = compared(first, second, latents, conditioning)
     one, other = (f"{error:.1%} of what it predicts" for error in found.errors)
     usual = "one" if first.unet.config.heads == 1 else str(first.unet.config.heads)
     verdict = {

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from latentkit.checkpoints.files import digest, find, load, load_autoencoder
-from latentkit.checkpoints.layouts import digest_of
 from latentkit.checkpoints.lone import lone_first_stage
 from latentkit.data.pictures import BadPicture, to_tensor
 from latentkit.data.range import Range, stated, transform_of
@@ -89,7 +88,7 @@ def open_first_stage(name: str | Path, device: str | torch.device | None = None)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     alone = _alone(name)
     if alone is None and Path(name).exists() and (foreign := lone_first_stage(Path(name), device, torch.float32)):
-        return Opened(foreign, "white", None, Path(name).stem, digest_of(Path(name)))
+        return Opened(foreign, "white", None, Path(name).stem, digest(Path(name)))
     if alone is not None:
         path, provenance = alone
         first_stage, title, sha256 = load_autoencoder(path, device), str(name), digest(path)
