@@ -63,31 +63,31 @@ class _MatrixAttention(torch.autograd.Function):
         by_q, by_k, by_v = (_unwritten(part) for part in (q, k, v))
         scale = q.shape[3] ** -0.5
         for rows, heads, chunks in _portions(q, k, PORTION // 2):
-            k_, v_ = k[rows, heads], v[rows, heads]
+            k_, v_ = _together(k[rows, heads] * scale), _together(v[rows, heads])
             sums: list[Tensor] = []
             for chunk in chunks:
                 part = rows, heads, chunk
-                scaled, slope = q[part] * scale, gradient[part]
-                weights = _scores(scaled, k_, allowed, rows).softmax(-1, dtype=torch.float32)
-                by_weights = (slope @ v_.transpose(2, 3)).float()
+                q_, slope = _together(q[part]), _together(gradient[part])
+                weights = _scores(q_, k_, allowed, rows).softmax(-1, dtype=torch.float32)
+                by_weights = torch.bmm(slope, v_.mT).float()
                 by_scores = torch._softmax_backward_data(by_weights, weights, -1, torch.float32).to(q.dtype)
-                by_q[part] = (by_scores @ k_).mul_(scale)
-                shares = by_scores.transpose(2, 3) @ scaled, weights.to(v.dtype).transpose(2, 3) @ slope
+                by_q[part] = torch.bmm(by_scores, k_).view_as(by_q[part])
+                shares = torch.bmm(by_scores.mT, q_), torch.bmm(weights.to(v.dtype).mT, slope)
                 sums = [a.float().add_(b) for a, b in zip(sums, shares)] if sums else list(shares)
-            by_k[rows, heads], by_v[rows, heads] = sums
+            for whole, share in zip((by_k, by_v), (sums[0] * scale, sums[1])):
+                whole[rows, heads] = share.view_as(whole[rows, heads])
         return by_q, by_k, by_v, None
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     """The values that each query gets, `b h n d`."""
     y, width = _unwritten(q), q.shape[3]
-    scale, spare = width**-0.5, -width % TILE
     for rows, heads, chunks in _portions(q, k, PORTION):
-        k_, v_ = k[rows, heads].contiguous(), F.pad(v[rows, heads], (0, spare)).contiguous()  # once for all chunks
+        k_, v_ = _together(k[rows, heads] * width**-0.5), _together(F.pad(v[rows, heads], (0, -width % TILE)))
         for chunk in chunks:
             part = rows, heads, chunk
-            weights = _scores(q[part] * scale, k_, allowed, rows).softmax(-1)  # float32 inside
-            y[part] = _product(weights, v_)[..., :width]
+            weights = _scores(_together(q[part]), k_, allowed, rows).softmax(-1)  # float32 inside
+            y[part] = torch.bmm(weights, v_)[..., :width].view_as(y[part])
     return y
 
 
@@ -109,15 +109,18 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, length, size)]
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of each picture and head; `@` itself would copy what is transposed."""
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).unflatten(0, a.shape[:2])
+def _together(part: Tensor) -> Tensor:
+    """`b h n d -> (b h) n d`, for products of each picture and head that copy nothing."""
+    return part.flatten(0, 1)
 
 
-def _scores(scaled: Tensor, k: Tensor, allowed: Tensor | None, rows: slice) -> Tensor:
-    """What the softmax is taken of, `b h n m`."""
-    scores = _product(scaled, k.transpose(2, 3))
-    return scores if allowed is None else scores.masked_fill(~allowed[rows], float("-inf"))
+def _scores(q: Tensor, scaled: Tensor, allowed: Tensor | None, rows: slice) -> Tensor:
+    """What the softmax is taken of, `(b h) n m`, of the queries and the scaled keys."""
+    scores = torch.bmm(q, scaled.mT)
+    if allowed is not None:
+        kept = allowed[rows]
+        scores.unflatten(0, (len(kept), -1)).masked_fill_(~kept, float("-inf"))
+    return scores
 
 
 class Attention(nn.Module):
