@@ -16,7 +16,6 @@ from torch import Tensor
 
 from latentkit.checkpoints import files
 from latentkit.checkpoints.files import (
-    digest,
     find,
     load,
     load_autoencoder,
@@ -24,6 +23,7 @@ from latentkit.checkpoints.files import (
     save_autoencoder,
     save_model,
 )
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
 
@@ -105,7 +105,7 @@ def test_every_kind_of_model_is_kept(kind: dict[str, Any], tmp_path: Path) -> No
 def test_equal_models_are_equal_bytes_with_modelspec_keys(good: Path, tmp_path: Path) -> None:
     read, provenance = load_model(good)
     save_model(tmp_path / "again.safetensors", read, provenance, torch.float32)
-    assert digest(tmp_path / "again.safetensors") == digest(good)
+    assert Digest(tmp_path / "again.safetensors")() == Digest(good)()
     spec = header(good)["__metadata__"]
     assert spec["modelspec.sai_model_spec"] == "1.0.1"
     assert spec["modelspec.title"] == "tiny"
@@ -279,7 +279,7 @@ def test_names(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert find("runs/cats") == Path("runs/cats/tabby.safetensors")
     assert load("runs/cats", "cpu").name == "tabby"
     loaded = load(run, "cpu")
-    assert (loaded.name, loaded.digest) == ("pets", digest(good))
+    assert (loaded.name, loaded.digest) == ("pets", Digest(good)())
     with pytest.raises(InputError, match=r"did you mean 'emoji'\?") as caught:
         find("emojy")
     assert caught.value.exit_code == 2

@@ -8,9 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ from typer.testing import CliRunner
 
 from latentkit.checkpoints import files, ldm_file
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
-from latentkit.checkpoints.files import digest, load
+from latentkit.checkpoints.files import Place, load
 from latentkit.checkpoints.layouts import report
 from latentkit.checkpoints.ldm_file import read_single, write_single
 from latentkit.checkpoints.names.diffusers_names import unet_pairs
 from latentkit.checkpoints.names.rename import taken
 from latentkit.checkpoints.storage.archive import read_archive, read_part
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.cli import application
 from latentkit.errors import InputError
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -357,25 +357,35 @@ def test_load_takes_every_layout(tmp_path: Path) -> None:
         assert loaded.network.architecture == model.architecture
         assert loaded.network.denoiser.unet.conv_in.weight.dtype == torch.float32  # half is slow on a CPU
         assert loaded.network.first_stage.latent_std.dtype == torch.float32
-        assert loaded.digest == digest(tmp_path / name)
-    assert (
-        digest(tmp_path / "one.safetensors") == hashlib.sha256((tmp_path / "one.safetensors").read_bytes()).hexdigest()
-    )
+        assert loaded.digest == Digest(tmp_path / name)()
     shutil.rmtree(tmp_path / "folder" / "vae")
     with pytest.raises(InputError, match=r"vae.config\.json"):
         load(tmp_path / "folder")
 
 
-def test_loading_does_not_wait_for_the_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_single(tmp_path / "one.safetensors", family.model("SD 1", torch.float16), "test")
-    go, found = threading.Event(), digest(tmp_path / "one.safetensors")
-    monkeypatch.setattr(files, "digest", lambda path: found if go.wait(60) else "")
-    loaded = load(tmp_path / "one.safetensors")
-    assert isinstance(loaded.sha256, Future)
-    assert not loaded.sha256.done()
-    go.set()
+def test_a_digest_is_of_the_files_that_were_loaded(tmp_path: Path) -> None:
+    path, folder = tmp_path / "one.safetensors", tmp_path / "folder"
+    write_single(path, family.model("SD 1", torch.float16), "test")
+    write_folder(folder, family.model("SD 1", torch.float16))
+    found, other = hashlib.sha256(path.read_bytes()).hexdigest(), Digest(folder)()
+    loaded, both = load(path, "cpu"), load(folder, "cpu")
+    for file in (path, folder / "model_index.json"):
+        (tmp_path / "new").write_bytes(b"new")
+        (tmp_path / "new").replace(file)
+    assert loaded.digest == loaded.digest == found
+    assert both.digest == other != Digest(folder)()
+    path.unlink()
+    with pytest.raises(InputError, match=r"one\.safetensors: cannot be read: No such file"):
+        Digest(path)
     assert loaded.digest == found
-    (tmp_path / "one.safetensors").rename(tmp_path / "gone.safetensors")
-    monkeypatch.undo()
-    with pytest.raises(InputError, match=r"one.safetensors: cannot be read: No such file"):
-        digest(tmp_path / "one.safetensors")
+
+
+def test_a_digest_is_worked_out_beside_all_else_where_no_cpu_computes(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    waiting, beside = (files._digest(tmp_path / "file", Place(torch.device(name))) for name in ("cpu", "meta"))
+    end = time.monotonic() + 60
+    while not beside._found and time.monotonic() < end:
+        time.sleep(0.01)
+    assert beside._found == hashlib.sha256(b"bytes").hexdigest()
+    assert not waiting._found
+    assert waiting() == beside()

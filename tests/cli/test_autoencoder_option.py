@@ -11,8 +11,9 @@ from tiny import tiny_model
 
 from latentkit.applications.metadata import read
 from latentkit.checkpoints.diffusers_folder import write_folder
-from latentkit.checkpoints.files import digest, save_autoencoder, save_model
+from latentkit.checkpoints.files import save_autoencoder, save_model
 from latentkit.checkpoints.lone import write_first_stage
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.model.first_stage import FirstStage
 
@@ -42,7 +43,7 @@ def test_it_is_recorded_and_asked_for_when_the_picture_is_drawn_again(
     save_autoencoder("other.safetensors", family.model("SD 1").first_stage, {})
     assert run(*ASKED, "--vae", "vae", "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["autoencoder"] == digest(Path("vae"))
+    assert shown["autoencoder"] == Digest(Path("vae"))()
     again = ("replay", shown["path"], "-m", "sd.safetensors")
     assert run(*again) == 2
     assert "needs the autoencoder whose file has the sha256" in capsys.readouterr().err

@@ -22,6 +22,7 @@ from latentkit.checkpoints.adapters.controlnet_names import controlnet_pairs
 from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.files import save_model
 from latentkit.checkpoints.names.rename import given
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.cli.output import show, slug, write_new
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError
@@ -110,7 +111,7 @@ def test_every_option_of_guidance_reaches_the_request_and_is_replayed(
     assert run("generate", "cat", *M, *shlex.split(options)) == 0
     request = read(Path(capsys.readouterr().out.strip()).read_bytes(), "x").request
     assert request.guidance_model is not None
-    assert request.guidance_model.digest == files.digest(Path("weak.safetensors"))
+    assert request.guidance_model.digest == Digest(Path("weak.safetensors"))()
     got = request.model_dump(exclude={"guidance_model", "task", "width", "height", "spacing"}, exclude_none=True)
     assert got == {
         "prompt": "cat",

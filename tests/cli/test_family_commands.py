@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from latentkit.applications.metadata import read
-from latentkit.checkpoints.files import digest, save_model
+from latentkit.checkpoints.files import save_model
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.data.pictures import to_png
 
 Run = Callable[..., int]
@@ -34,7 +35,7 @@ def test_a_base_with_its_refiner_an_inversion_and_sizes(run: Run, capsys: pytest
     request = read(Path(path).read_bytes(), "x").request
     got = request.model_dump(mode="json", exclude_none=True)
     assert [name for _, name in got["embedding"]] == ["a", "<b>"]
-    assert got["refiner"] == digest(Path("refiner.safetensors"))
+    assert got["refiner"] == Digest(Path("refiner.safetensors"))()
     wanted = {
         "original_size": [64, 48], "crop": [1, 2], "target_size": [40, 40], "aesthetic_score": 7.0,
         "negative_aesthetic_score": 1.5, "refiner_switch": 0.6, "clip_skip": 2,

@@ -13,7 +13,8 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import PlainSerializer, PlainValidator
 
-from latentkit.checkpoints.files import Model, digest, load
+from latentkit.checkpoints.files import Model, load
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.data.pictures import Picture, decode
 from latentkit.errors import InputError
 
@@ -72,7 +73,7 @@ class WeightsFile:
     @staticmethod
     def read(path: str | Path) -> "WeightsFile":
         """The file (or diffusers folder) there, its content yet unread; InputError where there is none."""
-        return WeightsFile(digest(Path(path)), Path(path))
+        return WeightsFile(Digest(Path(path))(), Path(path))
 
 
 def _by_digest(kind: type[T], how: str) -> PlainValidator:

@@ -8,10 +8,8 @@ or called.
 import hashlib
 import json
 import os
-import sys
 import threading
 from collections.abc import Iterable, Mapping
-from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from latentkit.checkpoints.names.rename import finite
 from latentkit.checkpoints.storage.archive import read_archive
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.checkpoints.storage.mapping import let_go
 from latentkit.errors import InputError, nearest, wording
 from latentkit.model.first_stage import FirstStage, FirstStageConfig
@@ -55,15 +54,14 @@ class Model(NamedTuple):
     network: LatentDiffusion
     provenance: dict[str, Any] = {}  # noqa: RUF012
     name: str = "unsaved"
-    sha256: "str | Future[str]" = ""
-    """As `digest`, or what will be it."""
+    sha256: str | Digest = ""
     place: Place | None = None
     """Where its parts compute when it is their turn, if they rest in their file (`load` with `low_memory`)."""
 
     @property
     def digest(self) -> str:
-        """The sha256 of its file or folder (see `digest`), waited for if need be."""
-        return self.sha256 if isinstance(self.sha256, str) else self.sha256.result()
+        """The sha256 of its file or folder, worked out when it is first asked for (see `Digest`)."""
+        return self.sha256 if isinstance(self.sha256, str) else self.sha256()
 
 
 class _Document(BaseModel):
@@ -148,40 +146,6 @@ def _in_folder(folder: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def digest(path: Path) -> str:
-    """The sha256 of a file, or of all of a folder's files and their names, 64 hexadecimal digits.
-
-    Errors: InputError for what cannot be read.
-    """
-    content = hashlib.sha256()
-    try:
-        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            with open(file, "rb") as stream:
-                own = hashlib.file_digest(stream, "sha256")
-            if not path.is_dir():
-                return own.hexdigest()
-            content.update(str(file.relative_to(path)).encode() + own.digest())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}", exit_code=2) from None
-    return content.hexdigest()
-
-
-def _digested(path: Path) -> "Future[str]":
-    """The `digest` to come, from a thread that gives way to all others where the system can tell threads apart."""
-    found: Future[str] = Future()
-
-    def work() -> None:
-        if sys.platform == "linux":
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        try:
-            found.set_result(digest(path))
-        except Exception as error:
-            found.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
-    return found
-
-
 def compute_type(stored: torch.dtype, device: torch.device) -> torch.dtype:
     """The type to compute in: as stored, but float32 on a CPU that has no fast bfloat16."""
     if device.type != "cpu" or stored == torch.float32:
@@ -226,18 +190,20 @@ def load(
     if str(name) in shipped() or not foreign.exists() or layouts.layout_of(foreign) == "latentkit":
         try:
             path = find(name)
+            digest = _digest(path, place)
             network, provenance = load_model(path, place.device, dtype, low_memory)
         except InputError as error:
             raise instead(error, foreign, "a whole model") from None
         stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
-        return Model(network, provenance, stem, _digested(path), place if low_memory else None)
+        return Model(network, provenance, stem, digest, place if low_memory else None)
     try:
         network, provenance, _, certain, _ = layouts.open_model(foreign)
     except InputError as error:
         raise instead(error, foreign, "a whole model") from None
-    digested = _digested(foreign)
+    digest = _digest(foreign, place)
     for buffer in network.buffers():
         buffer.data = buffer.data.to(place.device)
+    let_go((network if low_memory else network.first_stage).parameters())  # its turn is the last
     if not low_memory:
         for parameter in network.parameters():
             bring(parameter, place)
@@ -245,7 +211,15 @@ def load(
         resting = {name: [(module, place)] for name, module in network.named_children()} if low_memory else {}
         with Parts(resting) as parts:
             probe.settle(network, str(foreign), parts.turn if low_memory else None)
-    return Model(network, provenance, foreign.stem, digested, place if low_memory else None)
+    return Model(network, provenance, foreign.stem, digest, place if low_memory else None)
+
+
+def _digest(path: Path, place: Place) -> Digest:
+    """A file's digest, worked out beside all else where that takes nothing from what computes."""
+    digest = Digest(path)
+    if place.device.type != "cpu":
+        threading.Thread(target=digest, daemon=True).start()
+    return digest
 
 
 def save_model(

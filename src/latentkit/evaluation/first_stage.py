@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.files import digest, find, load, load_autoencoder
+from latentkit.checkpoints.files import find, load, load_autoencoder
 from latentkit.checkpoints.lone import lone_first_stage
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.data.pictures import BadPicture, to_tensor
 from latentkit.data.range import Range, stated, transform_of
 from latentkit.data.source import Source, track
@@ -88,10 +89,10 @@ def open_first_stage(name: str | Path, device: str | torch.device | None = None)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     alone = _alone(name)
     if alone is None and Path(name).exists() and (foreign := lone_first_stage(Path(name), device, torch.float32)):
-        return Opened(foreign, "white", None, Path(name).stem, digest(Path(name)))
+        return Opened(foreign, "white", None, Path(name).stem, Digest(Path(name))())
     if alone is not None:
         path, provenance = alone
-        first_stage, title, sha256 = load_autoencoder(path, device), str(name), digest(path)
+        first_stage, title, sha256 = load_autoencoder(path, device), str(name), Digest(path)()
     else:
         model = load(name, device, torch.float32)
         first_stage, provenance, title, sha256 = model.network.first_stage, model.provenance, model.name, model.digest

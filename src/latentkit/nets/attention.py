@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentkit.nets.layers import bf16_on_cpu, group_norm, normalised, zeroed
+from latentkit.nets.layers import bf16_on_cpu, fast_on_cpu, group_norm, normalised, zeroed
 
 PORTION = 1 << 21
 """Scores that `_MatrixAttention` works on at a time: few enough for the cache; half as many on the way back."""
@@ -16,15 +16,16 @@ TILE = 16
 """Width of the tiles that matrix products are fast in; Stable Diffusion's heads of 40 are filled up to it."""
 
 
-def _fused() -> Any:
-    """A linear layer of bfloat16 and what is done to its result in one pass, without a gradient.
+def _fused() -> dict[torch.dtype, Any]:
+    """A linear layer and what is done to its result in one pass, without a gradient, by type.
 
-    None where torch was built without it, or the machine has no instructions for it.
+    Not where torch was built without it, or the machine has no instructions for it.
     """
     own = torch.ops.mkldnn
     if not (torch.backends.mkldnn.is_available() and hasattr(own, "_linear_pointwise")):
-        return None
-    return own._linear_pointwise if own._is_mkldnn_bf16_supported() else None
+        return {}
+    types = [torch.float32] + [torch.bfloat16] * own._is_mkldnn_bf16_supported()
+    return dict.fromkeys(types, own._linear_pointwise)
 
 
 FUSED = _fused()
@@ -178,12 +179,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The first half is the value, the second the gate."""
-        if bf16_on_cpu(x) and not torch.is_grad_enabled():
+        if fast_on_cpu(x) and not torch.is_grad_enabled():
             (value, value_bias), (gate, gate_bias) = zip(self.project.weight.chunk(2), self.project.bias.chunk(2))
-            if FUSED is None or gate.dtype != x.dtype:  # as under autocast
+            fused = FUSED.get(x.dtype)
+            if fused is None or torch.is_autocast_enabled("cpu"):
                 return self.out(F.linear(x, value, value_bias).mul_(F.gelu(F.linear(x, gate, gate_bias))))
-            opened = FUSED(x, gate, gate_bias, "gelu", [], "none")
-            return self.out(FUSED.binary(x, opened, value, value_bias, "mul"))
+            opened = fused(x, gate, gate_bias, "gelu", [], "none")
+            return self.out(fused.binary(x, opened, value, value_bias, "mul"))
         value, gate = self.project(x).chunk(2, dim=-1)
         return self.out(value * F.gelu(gate))
 

@@ -20,8 +20,13 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 
 def bf16_on_cpu(x: Tensor) -> bool:
-    """Whether `x` goes the ways that are faster for bfloat16 on a CPU; all else goes the plain one, bit by bit."""
+    """Whether `x` goes the ways that are faster for bfloat16 on a CPU."""
     return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def fast_on_cpu(x: Tensor) -> bool:
+    """Whether `x` goes the ways that are faster for both types on a CPU; what is traced goes the plain one."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -231,8 +236,10 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)) if self.asymmetric else x)
 
 
-MERGED_CELLS = 1024
-"""Cells of all pictures from which on merging the kernel of an upsampling pays, in bfloat16 on a CPU."""
+MERGED_CELLS = {torch.float32: 256, torch.bfloat16: 1024}
+"""Cells of all pictures from which on merging the kernel of an upsampling pays on a CPU."""
+MERGING = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+"""Three taps on doubled pixels as four on the pixels themselves."""
 
 
 class Upsample(nn.Module):
@@ -249,24 +256,21 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`b c h w -> b c 2h 2w`, or to `size` where the level below it was odd."""
         b, _, h, w = x.shape
-        if bf16_on_cpu(x) and b * h * w >= MERGED_CELLS and size in (None, (2 * h, 2 * w)):
+        if fast_on_cpu(x) and b * h * w >= MERGED_CELLS[x.dtype] and size in (None, (2 * h, 2 * w)):
             return self.doubled(x, self.merged())
         return self.conv(F.interpolate(x, size or (2 * h, 2 * w), mode="nearest"))
 
     def merged(self) -> Tensor:
-        """The kernel of the transposed convolution, laid out as it takes it."""
-        kernel = _merged(_merged(self.conv.weight.float(), 2), 3).transpose(0, 1)
-        return kernel.to(self.conv.weight.dtype, memory_format=torch.channels_last)
+        """The kernel of the transposed convolution, laid out as is made soonest."""
+        weight = self.conv.weight
+        order, back = ((1, 2, 3, 0), (0, 3, 1, 2)) if weight.is_contiguous() else ((0, 2, 3, 1), (3, 0, 1, 2))
+        taps = weight.float().permute(order).flatten(1, 2)
+        kernel = torch.kron(MERGING, MERGING) @ taps
+        return kernel.unflatten(1, (4, 4)).permute(back).to(weight.dtype)
 
     def doubled(self, x: Tensor, merged: Tensor) -> Tensor:
         """`b c h w -> b c 2h 2w` by the transposed convolution."""
         return F.conv_transpose2d(x, merged, self.conv.bias, stride=2, padding=1)
-
-
-def _merged(kernel: Tensor, dim: int) -> Tensor:
-    """Three taps on doubled pixels as four on the pixels themselves."""
-    before, middle, after = kernel.unbind(dim)
-    return torch.stack([after, middle + after, before + middle, before], dim)
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:

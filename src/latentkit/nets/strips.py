@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from latentkit.nets.attention import PixelAttention
 from latentkit.nets.autoencoder import Autoencoder, Level, Middle
 from latentkit.nets.bottleneck import Posterior, certain, exact, posterior
-from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, bf16_on_cpu
+from latentkit.nets.layers import Downsample, ResidualBlock, Upsample, fast_on_cpu
 
 ELEMENTS = 1 << 21
 """Elements of a strip, halo apart."""
@@ -261,7 +261,7 @@ class Strips:
 
             return self._made((1, c, h // 2, w // 2), halved)
         assert isinstance(resample, Upsample)
-        merged = resample.merged() if bf16_on_cpu(resample.conv.weight) else None
+        merged = resample.merged() if fast_on_cpu(resample.conv.weight) else None
 
         def doubled(start: int, stop: int) -> Tensor:
             low, high = max(start // 2 - 1, 0), min(stop // 2 + 1, h)

@@ -33,6 +33,7 @@ from latentkit.applications.pictures import open_data, write_sheet
 from latentkit.applications.stages.train import train
 from latentkit.applications.stages.train_diffusion import IDENTITY, build_model, sampling_defaults
 from latentkit.checkpoints import files
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.data.pictures import decode, to_tensor
 from latentkit.data.source import Source, open_source, track
 from latentkit.errors import InputError
@@ -109,7 +110,7 @@ def compression(data: str, folder: Path, *, minutes: float, trained: Path, size:
     part = 1.0 if given else 1 - FIRST
     asked = Asked(
         command=COMMAND, data=data, pictures=source.fingerprint, size=size, minutes=minutes, seed=seed,
-        first_stages={str(factor): files.digest(path) for factor, path in (given or {}).items()},
+        first_stages={str(factor): Digest(path)() for factor, path in (given or {}).items()},
     )  # fmt: skip
     plan = load(folder, asked)
     if plan is None:
@@ -213,7 +214,7 @@ def _finished(arm: Arm, run: Path, plan: Plan, count: int, known: Callable[[], T
         point["computed"] = taken["computed"] * number / POINTS
     return {
         "name": arm.name,
-        "digest": files.digest(model),
+        "digest": Digest(model)(),
         **{key: value for key, value in points[-1].items() if key not in ("step", "computed")},
         **taken,
         "points": points,

@@ -21,7 +21,8 @@ from latentkit.applications.paper.arms import (
 from latentkit.applications.paper.table import Columns, Row, kept, markdown, write
 from latentkit.applications.pictures import open_data, write_sheet
 from latentkit.applications.stages.train import train
-from latentkit.checkpoints.files import RUN_MODEL, digest, load_autoencoder
+from latentkit.checkpoints.files import RUN_MODEL, load_autoencoder
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.data.dataset import Pictures
 from latentkit.data.source import open_source, track
 from latentkit.errors import InputError
@@ -152,7 +153,7 @@ def _figures(arm: Arm, model: Path) -> Row:
         "channels": network.latent_channels,
         "numbers": network.latent_channels * side * side,
         "parameters": sum(p.numel() for p in stage.autoencoder.parameters()),
-        "digest": digest(model),
+        "digest": Digest(model)(),
         **found.document(),
     }
 

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.storage.mapping import let_go
 from latentkit.errors import InputError
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -133,10 +132,8 @@ def taken(
             wanted = expected[pair.ours[0]].shape
             whole = (wanted[0] * len(pair.ours), *wanted[1:]) if len(wanted) else ()
             complaints.shape.append(f"{pair.theirs} ({_size(tensor.shape)}, wanted {_size(whole)})")
-        else:
-            if not finite(tensor):
-                complaints.not_finite.append(pair.theirs)
-            let_go([tensor])
+        elif not finite(tensor):
+            complaints.not_finite.append(pair.theirs)
         state |= zip(pair.ours, parts)
     unfed = expected.keys() - {name for pair in pairs for name in pair.ours}
     assert not unfed, f"no pair feeds {sorted(unfed)[:3]}"
