@@ -1,5 +1,7 @@
 """The ways that bfloat16 goes on a CPU: the same values and gradients as the plain operations in float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -140,13 +142,16 @@ def test_attention_keeps_no_scores() -> None:
 
 def test_attention_works_on_few_scores_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    softmax = Tensor.softmax
 
-    def spy(scores: Tensor, *rest: object, **options: object) -> Tensor:
-        sizes.append(scores.numel())
-        return softmax(scores, *rest, **options)  # type: ignore[call-overload,no-any-return]
+    def spied(softmax: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def spy(scores: Tensor, *rest: object, **options: object) -> Tensor:
+            sizes.append(scores.numel())
+            return softmax(scores, *rest, **options)
 
-    monkeypatch.setattr(Tensor, "softmax", spy)
+        return spy
+
+    monkeypatch.setattr(torch, "softmax", spied(torch.softmax))
+    monkeypatch.setattr(Tensor, "softmax", spied(Tensor.softmax))  # on the way back
     monkeypatch.setattr(attention, "PORTION", 1 << 12)
     q = random(2, 2, 256, 8).bfloat16().requires_grad_()
     attention.attend(q, q, q).sum().backward()

@@ -1,5 +1,6 @@
 """Attention: over pixels within a picture and from pixels to context tokens."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,12 +83,16 @@ class _MatrixAttention(torch.autograd.Function):
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None) -> Tensor:
     """The values that each query gets, `b h n d`."""
-    y, width = _unwritten(q), q.shape[3]
+    y, width, room = _unwritten(q), q.shape[3], q.new_empty(0)
     for rows, heads, chunks in _portions(q, k, PORTION):
         k_, v_ = _together(k[rows, heads] * width**-0.5), _together(F.pad(v[rows, heads], (0, -width % TILE)))
         for chunk in chunks:
             part = rows, heads, chunk
-            weights = _scores(_together(q[part]), k_, allowed, rows).softmax(-1)  # float32 inside
+            q_ = _together(q[part])
+            shape = *q_.shape[:2], k_.shape[1]
+            room = room if len(room) else q.new_empty(math.prod(shape))  # for all portions: the first is the largest
+            weights = _scores(q_, k_, allowed, rows, room[: math.prod(shape)].view(shape))
+            torch.softmax(weights, -1, out=weights)  # float32 inside
             y[part] = torch.bmm(weights, v_)[..., :width].view_as(y[part])
     return y
 
@@ -115,9 +120,9 @@ def _together(part: Tensor) -> Tensor:
     return part.flatten(0, 1)
 
 
-def _scores(q: Tensor, scaled: Tensor, allowed: Tensor | None, rows: slice) -> Tensor:
-    """What the softmax is taken of, `(b h) n m`, of the queries and the scaled keys."""
-    scores = torch.bmm(q, scaled.mT)
+def _scores(q: Tensor, scaled: Tensor, allowed: Tensor | None, rows: slice, room: Tensor | None = None) -> Tensor:
+    """What the softmax is taken of, `(b h) n m`, of the queries and the scaled keys; in `room` if that is given."""
+    scores = torch.bmm(q, scaled.mT, out=room)
     if allowed is not None:
         kept = allowed[rows]
         scores.unflatten(0, (len(kept), -1)).masked_fill_(~kept, float("-inf"))
