@@ -133,7 +133,7 @@ def generate(
     from latentkit.applications.tasks.places import read_boxes
     from latentkit.checkpoints.files import load
     from latentkit.cli.models import located
-    from latentkit.cli.output import open_folder, show, slug, write_new
+    from latentkit.cli.output import check_folder, show, slug, write_new
     from latentkit.data.maps import decode_map
 
     width, height = _size(size)
@@ -184,7 +184,7 @@ def generate(
     requests = [ask(prompt=prompt, **fields) for prompt in prompts] if prompts else [ask(**fields)]
     loaded = read(model, whole=bool(lora)) if backend == "openvino" else load(model, low_memory=low_memory)
     events = run(loaded, requests, count=count, exact=exact, low_memory=low_memory)
-    open_folder(out)
+    check_folder(out)
     drawn = {}
     for result in show(events):
         words = result.request.prompt or result.request.label or str(result.request.task)

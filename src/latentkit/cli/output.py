@@ -1,6 +1,7 @@
 """What the drawing commands show and write: progress on stderr, new files and never old ones."""
 
 import logging
+import os
 import re
 import sys
 import time
@@ -41,12 +42,15 @@ def show(events: "Iterator[Progress | T]") -> Iterator[T]:
         print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
 
-def open_folder(folder: Path) -> None:
-    """Make the folder that pictures go to; InputError before any work where it cannot be."""
+def check_folder(folder: Path) -> None:
+    """InputError where `write_new` could not write to the folder or make it; nothing is made yet."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     except OSError as error:
         raise InputError(f"pictures cannot go to {folder}: {error.strerror or error}", exit_code=2) from None
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written to" if there.is_dir() else "is no folder"
+        raise InputError(f"pictures cannot go to {folder}: {there} {why}; name another with --out", exit_code=2)
 
 
 def slug(words: str) -> str:
@@ -55,7 +59,14 @@ def slug(words: str) -> str:
 
 
 def write_new(folder: Path, name: str, suffix: str, data: bytes) -> Path:
-    """Write `data` to `name.suffix`, or `name-2.suffix` and so on where that exists; returns the path."""
+    """Write `data` to `name.suffix`, or `name-2.suffix` and so on where that exists; returns the path.
+
+    The folder is made where there is none.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"pictures cannot go to {folder}: {error.strerror or error}") from None
     number = 1
     while True:
         path = folder / (f"{name}.{suffix}" if number == 1 else f"{name}-{number}.{suffix}")

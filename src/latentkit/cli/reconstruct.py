@@ -32,7 +32,7 @@ def reconstruct(
     import logging
     from contextlib import nullcontext
 
-    from latentkit.cli.output import open_folder, write_new
+    from latentkit.cli.output import check_folder, write_new
     from latentkit.data.pictures import decode, to_tensor
     from latentkit.data.source import track
     from latentkit.evaluation.first_stage import open_first_stage
@@ -44,7 +44,7 @@ def reconstruct(
             said = "is a folder; name the pictures in it" if path.is_dir() else "does not exist"
             raise InputError(f"picture {path} {said}", exit_code=2)
     opened = open_first_stage(model)
-    open_folder(out)
+    check_folder(out)
     shown = logging.getLogger("latentkit").isEnabledFor(logging.INFO)
     for path in track(pictures, len(pictures), "reconstructing", shown):
         source = decode(path.read_bytes(), str(path), opened.values)

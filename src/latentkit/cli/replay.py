@@ -50,7 +50,7 @@ def replay(
     from latentkit.applications.metadata import read
     from latentkit.checkpoints.files import load, shipped
     from latentkit.cli.models import located
-    from latentkit.cli.output import open_folder, show, write_new
+    from latentkit.cli.output import check_folder, show, write_new
     from latentkit.data.maps import decode_map
     from latentkit.data.pictures import decode
     from latentkit.training.run.progress import say, warn
@@ -103,7 +103,7 @@ def replay(
     for difference in differences:
         say(f"latentkit: {difference}")
     events = run(loaded, record)
-    open_folder(out)
+    check_folder(out)
     for result in show(events):
         suffix, data = result.file()
         typer.echo(write_new(out, f"{picture.stem}-replay", suffix, data))

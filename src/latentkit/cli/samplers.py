@@ -85,7 +85,7 @@ def compare_samplers(
     from latentkit.applications.compare_samplers import compare
     from latentkit.applications.request import ask, told
     from latentkit.checkpoints.files import load
-    from latentkit.cli.output import open_folder, show, write_new
+    from latentkit.cli.output import check_folder, show, write_new
     from latentkit.data.pictures import to_png
     from latentkit.diffusion.samplers.driver import split_name, table
 
@@ -93,7 +93,7 @@ def compare_samplers(
     words = prompts or loaded.provenance.get("recipe", {}).get("sampling", {}).get("prompts", [None])[:1]
     requests = [ask(seed=seed, guidance_scale=guidance, **told(loaded.network, each)) for each in words or [None]]
     methods = [split_name(name) for name in sampler] if sampler else [(name, None) for name in table()]
-    open_folder(out)
+    check_folder(out)
     found: list[Drawn] = []
     for drawn in show(compare(loaded, requests, methods, steps or [4, 8, 12, 20])):
         found.append(drawn)
