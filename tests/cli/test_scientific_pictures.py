@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from latentkit import cli
 
@@ -74,6 +75,13 @@ def test_what_was_learned_comes_back(
         assert (back.dtype, back.shape) == (was.dtype, was.shape)
         error = np.abs(_share(back, dtype, values) - _share(was, dtype, values))
         assert error.mean() < 0.01
+    Image.new("RGBA", (16, 16)).save("alpha.png")
+    shown = {"scans/0.tif": "RGB" if channels > 2 else "L"}
+    shown |= {"alpha.png": {2: "LA", 4: "RGBA"}.get(channels, "L")} if channels < 5 and values is None else {}
+    for picture, mode in shown.items():
+        typed(monkeypatch, "reconstruct", picture, "-m", "runs/scans")
+        with Image.open(f"out/{Path(picture).stem}-reconstruction.png") as sheet:
+            assert sheet.mode == mode
 
 
 def _stored(share: np.ndarray, dtype: str, values: dict[str, Any] | None) -> np.ndarray:

@@ -248,20 +248,26 @@ def test_what_is_said(folder):
     assert again["codes"]["codes"] == 4
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 4, 12])
-def test_a_picture_beside_its_reconstruction_and_its_errors(channels):
+@pytest.mark.parametrize(
+    ("channels", "alpha", "shown"),
+    [(1, False, 1), (2, False, 1), (2, True, 2), (3, False, 3), (4, False, 3), (4, True, 4), (12, False, 3)],
+)
+def test_a_picture_beside_its_reconstruction_and_its_errors(channels, alpha, shown):
     """The error map is of the channel with the largest error, also of one that is not shown, and opaque."""
-    x = torch.zeros(channels, 4, 5)
+    x = torch.linspace(-1, 1, channels)[:, None, None].expand(-1, 4, 5)
     other = x.clone()
-    other[-1, 1, 2] = 0.125  # 1/16 of the range, times 4: a quarter of it
-    sheet = to_samples(to_tensor(decode(beside(x, other, 4), "a"), min(channels, 4)), np.uint8)
-    assert sheet.shape[:2] == (8, 3 * 7 + 2)
-    seen = sheet[2:6, 16:21, : min(channels, 3) - (channels == 2)]
+    other[-1, 1, 2] -= 0.125  # 1/16 of the range, times 4: a quarter of it
+    data = beside(x, other, 4, alpha)
+    assert Image.open(io.BytesIO(data)).text["Description"].endswith("times 4")
+    picture = decode(data, "a")
+    assert (picture.array.shape[2], picture.has_alpha) == (shown, alpha)
+    assert picture.array.shape[:2] == (8, 3 * 7 + 2)
+    assert (picture.array[2:6, 2:7] == to_samples(x[:shown], np.uint8)).all()
+    seen = picture.array[2:6, 16:21, : shown - alpha]
     assert (seen[1, 2] == 64).all()
     assert seen.sum() == seen[1, 2].sum()
-    if channels in (2, 4):
-        assert (sheet[2:6, 16:21, -1] == 255).all()
-    assert Image.open(io.BytesIO(beside(x, other, 4))).text["Description"].endswith("times 4")
+    if alpha:
+        assert (picture.array[2:6, 16:21, -1] == 255).all()
 
 
 @pytest.mark.parametrize(

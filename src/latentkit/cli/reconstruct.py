@@ -33,7 +33,7 @@ def reconstruct(
     from contextlib import nullcontext
 
     from latentkit.cli.output import check_folder, write_new
-    from latentkit.data.pictures import decode, to_tensor
+    from latentkit.data.pictures import decode, keeps_alpha, to_tensor
     from latentkit.data.source import track
     from latentkit.evaluation.first_stage import open_first_stage
     from latentkit.evaluation.reconstruction import as_stored, beside, psnr
@@ -58,7 +58,7 @@ def reconstruct(
             tiff = path.suffix.lower() in (".tif", ".tiff")
             suffix, data = as_stored(other, source, opened.values, tiff)
         else:
-            suffix, data = "png", beside(original, other, times)
+            suffix, data = "png", beside(original, other, times, keeps_alpha(source, len(original)))
         written, quality = write_new(out, f"{path.stem}-reconstruction", suffix, data), psnr(original, other)
         if json:
             import json as writer

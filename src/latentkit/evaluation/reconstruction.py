@@ -35,16 +35,16 @@ def reconstruct(first_stage: FirstStage, picture: Tensor) -> Passed:
     return Passed(moments[0, : first_stage.latent_channels].cpu(), decoded.clamp(-1, 1).float().cpu())
 
 
-def beside(original: Tensor, other: Tensor, times: float) -> bytes:
+def beside(original: Tensor, other: Tensor, times: float, alpha: bool) -> bytes:
     """A PNG of a picture `c h w`, its reconstruction, and the largest error of any channel, `times` times, on black.
 
-    White is an error of the whole range over `times`, or more; of more than four channels the first three are shown.
+    White is an error of the whole range over `times`, or more. The last channel may be `alpha`; of two that are not the
+    first is shown, of more the first three.
     """
     error = ((original - other).abs().amax(0, keepdim=True) * times - 1).clamp(-1, 1)
-    panes = [pane if len(pane) <= 4 else pane[:3] for pane in (original, other)]
-    channels = len(panes[0])
-    mapped = error.expand(channels - (channels in (2, 4)), -1, -1)
-    opaque = torch.ones_like(error)[: channels in (2, 4)]
+    colours = 1 if len(original) - alpha < 3 else 3
+    panes = [pane if alpha else pane[:colours] for pane in (original, other)]
+    mapped, opaque = error.expand(colours, -1, -1), torch.ones_like(error)[:alpha]
     text = f"a picture, its reconstruction, and the largest error of any channel times {times:g}"
     return to_png(grid([*panes, torch.cat([mapped, opaque])], 3), {"Description": text})
 
