@@ -12,13 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny
+from latentkit.applications.attachment import WeightsFile
+from latentkit.checkpoints.adapters.tiny_files import is_tiny, read_tiny, tiny_digest
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
 from latentkit.checkpoints.exchange import with_part
 from latentkit.checkpoints.files import load_autoencoder, load_model, save_autoencoder, save_model
 from latentkit.checkpoints.layouts import open_model
 from latentkit.checkpoints.ldm_file import write_single
 from latentkit.checkpoints.names.tiny_names import tiny_config, tiny_json
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.cli import application
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
@@ -215,6 +217,29 @@ def test_what_is_missing_left_over_or_wrong_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "none.safetensors")
     assert not is_tiny(tmp_path / "none.safetensors")
     assert not is_tiny(tmp_path)
+
+
+def test_the_digest_is_that_of_both_files(tmp_path: Path) -> None:
+    encoder = written(tmp_path, "two files")
+    decoder = encoder.with_name("taesd_decoder.safetensors")
+    found = tiny_digest(encoder)
+    assert found == tiny_digest(decoder) == WeightsFile.read(encoder).digest
+    assert len({found, Digest(encoder)(), Digest(decoder)()}) == 3
+    for path in (encoder, decoder):
+        path.rename(path.with_name(f"new_{path.name}"))
+    assert found == tiny_digest(tmp_path / f"new_{decoder.name}")
+    save_file({"x": torch.ones(1)}, tmp_path / "my_encoder.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "my_decoder.safetensors")
+    Path(tmp_path / "damaged_encoder.pth").write_bytes(b"x")
+    Path(tmp_path / "damaged_decoder.pth").write_bytes(b"y")
+    whole = written(tmp_path, "one file")
+    for other in (tmp_path, whole, *(tmp_path / name for name in ("my_encoder.safetensors", "damaged_encoder.pth"))):
+        assert tiny_digest(other) == Digest(other)()
+    (tmp_path / f"new_{encoder.name}").unlink()
+    left = tmp_path / f"new_{decoder.name}"
+    assert tiny_digest(left) == Digest(left)()
+    left = left.rename(tmp_path / "half.safetensors")
+    assert tiny_digest(left) == Digest(left)()
 
 
 FIELDS = json.loads(json.dumps(tiny_json(SMALL, 1.0)))

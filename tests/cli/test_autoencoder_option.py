@@ -7,15 +7,19 @@ from pathlib import Path
 import family
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 from latentkit.applications.metadata import read
 from latentkit.checkpoints.diffusers_folder import write_folder
 from latentkit.checkpoints.files import save_autoencoder, save_model
 from latentkit.checkpoints.lone import write_first_stage
+from latentkit.checkpoints.names.rename import given
+from latentkit.checkpoints.names.tiny_names import AUTHOR, tiny_pairs
 from latentkit.checkpoints.storage.digest import Digest
 from latentkit.diffusion.noise import keyed_normal
 from latentkit.model.first_stage import FirstStage
+from latentkit.nets.tiny import TinyAutoencoder, TinyConfig
 
 Run = Callable[..., int]
 ASKED = ("generate", "cat", "-m", "sd.safetensors", "--steps", "2", "--seed", "1")
@@ -56,6 +60,22 @@ def test_it_is_recorded_and_asked_for_when_the_picture_is_drawn_again(
     assert read(plain.read_bytes(), "x").request.autoencoder is None
     assert run("replay", str(plain), "-m", "sd.safetensors", "--vae", "vae") == 2
     assert "wanted is none" in capsys.readouterr().err
+
+
+def test_another_half_of_a_tiny_one_is_noticed(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    network = TinyAutoencoder(TinyConfig((1, 1), channels=16))
+    tensors = given(tiny_pairs(network, AUTHOR), network.state_dict())
+    for half, prefix in (("encoder", AUTHOR.encoder), ("decoder", AUTHOR.decoder)):
+        held = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
+        save_file(held, f"taesd_{half}.safetensors")
+    assert run(*ASKED, "--vae", "taesd_decoder.safetensors") == 0
+    again = ("replay", capsys.readouterr().out.strip(), "-m", "sd.safetensors", "--vae")
+    assert run(*again, "taesd_encoder.safetensors") == 0
+    changed = {name: 2 * one for name, one in load_file("taesd_encoder.safetensors").items()}
+    save_file(changed, "taesd_encoder.safetensors")
+    assert run(*again, "taesd_decoder.safetensors") == 2
+    assert "taesd_decoder.safetensors is not the autoencoder of" in capsys.readouterr().err
 
 
 def test_a_run_and_whole_models_give_theirs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,8 @@ from typing import Annotated, Any, TypeVar
 import torch
 from pydantic import PlainSerializer, PlainValidator
 
+from latentkit.checkpoints.adapters.tiny_files import tiny_digest
 from latentkit.checkpoints.files import Model, load
-from latentkit.checkpoints.storage.digest import Digest
 from latentkit.data.pictures import Picture, decode
 from latentkit.errors import InputError
 
@@ -64,7 +64,7 @@ class Guide:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A request's LoRA, ControlNet, inversion or autoencoder: its file's sha256, where it lies, what was read there."""
+    """A request's LoRA, ControlNet, inversion or autoencoder: the sha256 of its files, where it lies, what it is."""
 
     digest: str
     path: Path | None = field(default=None, compare=False, repr=False)
@@ -73,7 +73,7 @@ class WeightsFile:
     @staticmethod
     def read(path: str | Path) -> "WeightsFile":
         """The file (or diffusers folder) there, its content yet unread; InputError where there is none."""
-        return WeightsFile(Digest(Path(path))(), Path(path))
+        return WeightsFile(tiny_digest(Path(path)), Path(path))
 
 
 def _by_digest(kind: type[T], how: str) -> PlainValidator:

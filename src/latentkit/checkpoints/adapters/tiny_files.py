@@ -1,5 +1,6 @@
 """Files of tiny autoencoders: a half in each of two files, both in one, or diffusers' folder."""
 
+import hashlib
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from latentkit.checkpoints.names.tiny_names import (
     tiny_shape,
 )
 from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
+from latentkit.checkpoints.storage.digest import Digest
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
 from latentkit.nets.tiny import TinyAutoencoder
@@ -72,6 +74,24 @@ def _half(names: dict[str, Tensor]) -> str | None:
     return next((half for half, first in HALVES.items() if first in names), None)
 
 
+def _partner(path: Path, half: str) -> Path:
+    """Where the other half of a tiny autoencoder lies beside the one in a file; the same path for an unlike name."""
+    other = next(one for one in HALVES if one != half)
+    return path.with_name(path.name.replace(half, other))
+
+
+def tiny_digest(path: Path) -> str:
+    """As `Digest`; of a tiny autoencoder in two files it is that of both, whichever of them is named."""
+    own = Digest(path)()
+    try:
+        half = None if path.is_dir() else _half(read_archive(path).tensors)
+    except InputError:  # whatever reads it next says what is wrong
+        return own
+    if half is None or (beside := _partner(path, half)) == path or not beside.is_file():
+        return own
+    return hashlib.sha256("".join(sorted([own, Digest(beside)()])).encode()).hexdigest()
+
+
 def _whole(path: Path) -> dict[str, Tensor]:
     """The tensors of a file; of one half under the half's name, with those of the other half beside it."""
     tensors = read_archive(path).tensors
@@ -79,7 +99,7 @@ def _whole(path: Path) -> dict[str, Tensor]:
     if half is None:
         return tensors
     other = next(one for one in HALVES if one != half)
-    beside = path.with_name(path.name.replace(half, other))
+    beside = _partner(path, half)
     if beside == path or not beside.is_file():
         wanted = beside.name if beside != path else f"the same name with {other!r}"
         raise InputError(f"{path}: holds the {half} alone; the {other} must lie beside it ({wanted})", exit_code=2)
