@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from latentkit.checkpoints.diffusers_folder import write_folder
 from latentkit.checkpoints.exchange import with_part
-from latentkit.checkpoints.files import Shapes, load_autoencoder
+from latentkit.checkpoints.files import Shapes, load_autoencoder, save_autoencoder
 from latentkit.checkpoints.layouts import report
 from latentkit.checkpoints.ldm_file import write_single
 from latentkit.checkpoints.lone import lone_first_stage, lone_part
@@ -129,6 +130,7 @@ def test_convert_puts_parts_into_a_model(files: dict[str, Path], tmp_path: Path)
     assert f"bit for bit the same as in {tmp_path / 'blank.safetensors'} with {files['vae']} and" in said.replace(
         "\n", ""
     )
+    assert "left aside" not in said
     assert command("diff", files["whole"], made)[0] == 0
     for option, part, message in (
         ("vae", "unet", "is a U-Net alone; wanted is an autoencoder"),
@@ -154,6 +156,28 @@ def test_convert_puts_parts_into_a_model(files: dict[str, Path], tmp_path: Path)
     code, said = command("inspect", files["bare-vae"])
     assert code == 0, said
     assert "first stage alone (kl)" in said
+
+
+def test_what_the_parts_files_leave_aside_is_said_by_name(files: dict[str, Path], tmp_path: Path) -> None:
+    unet, whole, own = (tmp_path / f"{name}.safetensors" for name in ("unet", "whole", "own"))
+    save_file(load_file(files["unet"]) | {"model_ema.decay": torch.ones(())}, unet)
+    save_file(load_file(files["whole"]) | {"betas": torch.ones(1)}, whole)
+    save_autoencoder(own, family.model("SD 1").first_stage, {})
+    for vae, line in (
+        (files["bare-vae"], "what takes no part: loss.logvar"),
+        (whole, "buffers of the noise schedule: betas"),
+        (own, None),
+        (files["folder"], None),
+    ):
+        code, said = command("convert", whole, tmp_path / "new", "--to", "diffusers", "--vae", vae, "--unet", unet)
+        assert code == 0, said
+        lines = [line for line in said.splitlines() if "left aside" in line]
+        wanted = [
+            "  left aside: buffers of the noise schedule: betas",
+            *([f"  left aside of {vae}: {line}"] if line else []),
+        ]
+        assert lines == [*wanted, f"  left aside of {unet}: what takes no part: model_ema.decay"]
+        shutil.rmtree(tmp_path / "new")
 
 
 @pytest.mark.parametrize("to", ["ldm", "diffusers", "latentkit"])

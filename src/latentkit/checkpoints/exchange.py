@@ -1,6 +1,7 @@
 """A model's parts exchanged: the autoencoder or the U-Net of another file in the place of its own."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -103,6 +104,15 @@ def with_part(model: LatentDiffusion, path: Path, kind: Literal["vae", "unet"]) 
     dtype = next(tensor.dtype for name, tensor in state.items() if name.startswith(OUR_UNET))
     made.load_state_dict(kept | {OUR_UNET + name: part.to(dtype) for name, part in lone.state.items()}, assign=True)
     return made.eval().requires_grad_(False)
+
+
+def left_aside(path: Path) -> Mapping[str, list[str]]:
+    """What takes no part in a picture of the file at `path` that a part was taken of, by kind (see `Opened.left`)."""
+    if is_tiny(path):
+        return {}
+    if (lone := lone_part(path)) is not None:
+        return lone.left
+    return {} if layout_of(path) == "latentkit" else open_model(path).left
 
 
 def _with_network(old: Architecture, lone: Lone, path: Path) -> Architecture:

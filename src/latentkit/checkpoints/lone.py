@@ -18,7 +18,7 @@ from latentkit.checkpoints.names.diffusers_configs import (
     autoencoder_json,
     unet_config,
 )
-from latentkit.checkpoints.names.rename import Complaints, Pair, given, prefixed, taken
+from latentkit.checkpoints.names.rename import Complaints, Pair, blocks, given, prefixed, taken
 from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
 from latentkit.checkpoints.storage.folders import whole_folder
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
@@ -64,6 +64,11 @@ class Lone(NamedTuple):
     aside: list[str]
     """Tensors that take no part in a picture, of all `names` that are there."""
     names: Collection[str]
+
+    @property
+    def left(self) -> dict[str, list[str]]:
+        """What is left aside, by kind (see `rename.blocks`)."""
+        return {"what takes no part": blocks(self.aside, self.names)}
 
 
 def lone_part(path: Path) -> Lone | None:

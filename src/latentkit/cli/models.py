@@ -62,9 +62,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     return lines + [f"  wrong: {line}" for line in found["wrong"]]
 
 
-def _aside(left: Mapping[str, list[str]]) -> list[str]:
-    """Names of what takes no part in a model, a line for each kind."""
-    return [f"  left aside: {kind}: {', '.join(names)}" for kind, names in left.items() if names]
+def _aside(left: Mapping[str, list[str]], of: str = "") -> list[str]:
+    """Names of what takes no part in a model, a line for each kind; `of` a file that gave a part of it."""
+    return [f"  left aside{of}: {kind}: {', '.join(names)}" for kind, names in left.items() if names]
 
 
 def convert(
@@ -90,9 +90,9 @@ def convert(
 
     An autoencoder alone is written alone.
     """
-    from typing import cast, get_args
+    from typing import Literal, cast, get_args
 
-    from latentkit.checkpoints.exchange import with_part
+    from latentkit.checkpoints.exchange import left_aside, with_part
     from latentkit.checkpoints.layouts import TYPES, Layout, open_model, write_model
     from latentkit.checkpoints.probe import settle
     from latentkit.checkpoints.storage.folders import undone
@@ -113,10 +113,12 @@ def convert(
     if _converted_alone(source, target, to, wanted, [name for name, value in given.items() if value is not None]):
         return
     opened = open_model(source, averaged=averaged)
-    if vae is not None:
-        opened = opened._replace(model=with_part(opened.model, located(vae), "vae"))
-    if unet is not None:
-        opened = opened._replace(model=with_part(opened.model, located(unet), "unet"))
+    aside = _aside(opened.left)
+    parts: dict[Literal["vae", "unet"], Path | None] = {"vae": vae, "unet": unet}
+    for kind, part in parts.items():
+        if part is not None:
+            opened = opened._replace(model=with_part(opened.model, located(part), kind))
+            aside += _aside(left_aside(located(part)), f" of {part}")
     if not opened.certain:
         settle(opened.model, str(source))
     if lora:
@@ -124,7 +126,7 @@ def convert(
     with undone(target):
         write_model(target, opened, cast(Layout, to), wanted)
         lines, proof = _proven(target, opened, to, wanted)
-    typer.echo("".join(f"{line}\n" for line in lines + _aside(opened.left)), nl=False)
+    typer.echo("".join(f"{line}\n" for line in lines + aside), nl=False)
     put_in = [str(path) for path in (vae, unet) if path is not None] + (lora or [])
     origin = " with ".join([str(source), *([" and ".join(put_in)] if put_in else [])])
     typer.echo(f"{target}: read back, {proof} tensors bit for bit the same as in {origin}")
@@ -168,7 +170,6 @@ def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: lis
     from latentkit.checkpoints.files import load_autoencoder, save_autoencoder
     from latentkit.checkpoints.layouts import differences
     from latentkit.checkpoints.lone import lone_first_stage, lone_part, write_first_stage
-    from latentkit.checkpoints.names.rename import blocks
     from latentkit.checkpoints.storage.folders import undone
     from latentkit.errors import InputError
 
@@ -194,9 +195,7 @@ def _converted_alone(source: Path, target: Path, to: str, dtype: Any, given: lis
         if apart := differences(expected, again.autoencoder.state_dict()):
             more = f"{next(iter(apart))} and {len(apart) - 1} more differ"
             raise InputError(f"{target} is not what was to be written: {more}")
-    typer.echo(
-        "".join(f"{line}\n" for line in _aside({"what takes no part": blocks(lone.aside, lone.names)})), nl=False
-    )
+    typer.echo("".join(f"{line}\n" for line in _aside(lone.left)), nl=False)
     typer.echo(f"{target}: read back, {len(expected)} of {len(expected)} tensors bit for bit the same as in {source}")
     return True
 
