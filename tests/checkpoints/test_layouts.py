@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from latentkit.checkpoints import files, ldm_file
 from latentkit.checkpoints.diffusers_folder import read_folder, write_folder
 from latentkit.checkpoints.files import Place, load
-from latentkit.checkpoints.layouts import report
+from latentkit.checkpoints.layouts import open_model, report
 from latentkit.checkpoints.ldm_file import read_single, write_single
 from latentkit.checkpoints.names.diffusers_names import unet_pairs
 from latentkit.checkpoints.names.rename import taken
@@ -114,7 +114,7 @@ def test_several_variants_without_a_plain_one_must_be_chosen(tmp_path: Path) -> 
     weight = model.denoiser.unet.conv_in.weight
     for variant, factor in ((None, 1), ("fp16", 2), ("non_ema", 3)):
         assert torch.equal(read_folder(root, variant=variant).denoiser.unet.conv_in.weight, factor * weight)
-    with pytest.raises(InputError, match="no part has weights of the variant 'ema'"):
+    with pytest.raises(InputError, match="no part has weights of the variant 'ema'; there is fp16, non_ema"):
         read_folder(root, variant="ema")
     plain.unlink()
     assert torch.equal(read_folder(root, variant="non_ema").denoiser.unet.conv_in.weight, 3 * weight)
@@ -125,6 +125,33 @@ def test_several_variants_without_a_plain_one_must_be_chosen(tmp_path: Path) -> 
         read_folder(root, variant="fp16")
     with pytest.raises(InputError, match="holds no weights"):
         read_part(root / "tokenizer")
+    for file in root.glob("*/*.*.*"):
+        file.unlink()
+    with pytest.raises(InputError, match="the variant 'fp16'; there is none"):
+        read_folder(root, variant="fp16")
+
+
+def test_convert_takes_one_of_several_variants(tmp_path: Path) -> None:
+    model, root, new = family.model("SD 1", torch.float16), tmp_path / "model", tmp_path / "new.safetensors"
+    write_folder(root, model)
+    plain = root / "unet" / "diffusion_pytorch_model.safetensors"
+    for number, name in enumerate(("fp16", "non_ema")):
+        held = {key: (number + 2) * tensor for key, tensor in load_file(plain).items()}
+        save_file(held, plain.with_name(f"{plain.stem}.{name}.safetensors"))
+    plain.unlink()
+    words = ("convert", str(root), str(new), "--to", "latentkit")
+    code, said = command(*words)
+    assert code == 1
+    assert "fp16, non_ema; leave one of them there, or write a whole model of one: latentkit convert FOLDER NEW" in said
+    code, said = command(*words, "--variant", "ema")
+    assert (code, new.exists()) == (1, False)
+    assert "there is fp16, non_ema" in said
+    assert command(*words, "--variant", "non_ema")[0] == 0
+    assert torch.equal(open_model(new).model.denoiser.unet.conv_in.weight, 3 * model.denoiser.unet.conv_in.weight)
+    for source, message in ((new, "has no variant 'fp16'; only diffusers"), (root / "vae", "takes no --variant")):
+        code, said = command("convert", str(source), str(tmp_path / "x"), "--to", "ldm", "--variant", "fp16")
+        assert (code, (tmp_path / "x").exists()) == (1, False)
+        assert message in said
 
 
 SCHEDULERS = [

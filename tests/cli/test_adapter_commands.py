@@ -174,6 +174,7 @@ def test_what_convert_does_not_do(tmp_path: Path) -> None:
         ((path, tmp_path / "b", "--to", "kohia"), "layout 'kohia' is none of a LoRA.*kohya"),
         ((path, path, "--to", "ldm"), "exists and is not overwritten"),
         ((path, tmp_path / "b", "--to", "ldm", "--dtype", "float16"), "takes no dtype"),
+        ((path, tmp_path / "b", "--to", "ldm", "--variant", "fp16"), "takes no variant"),
         (("emoji", tmp_path / "b", "--to", "latentkit", "--base", path), "is no adapter"),
     ):
         with pytest.raises(InputError, match=said):

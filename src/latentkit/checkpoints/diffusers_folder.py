@@ -28,7 +28,7 @@ from latentkit.checkpoints.names.tower_configs import (
     text_config,
     text_json,
 )
-from latentkit.checkpoints.storage.archive import read_json, read_part
+from latentkit.checkpoints.storage.archive import read_json, read_part, variants
 from latentkit.checkpoints.storage.folders import whole_folder
 from latentkit.checkpoints.storage.tensors import write_json, write_tensors
 from latentkit.checkpoints.storage.vocabulary import Vocabulary, read_bert, read_clip, write_bert, write_clip
@@ -125,8 +125,9 @@ def read_folder(
 
 def match_folder(path: Path, variant: str | None = None) -> Folder:
     """What the folder holds, and every tensor of it accounted for."""
-    if variant and not any(f".{variant}." in file.name for file in path.glob("*/*")):
-        raise InputError(f"{path}: no part has weights of the variant {variant!r}")
+    if variant is not None and variant not in (known := variants(path)):
+        got = f"{path}: no part has weights of the variant {variant!r}"
+        raise InputError(f"{got}; there is {', '.join(known) or 'none'}", exit_code=2)
     index = read_json(path / INDEX)
     kinds = _parts(path, index)
     unet_json_ = read_json(path / "unet" / "config.json") | {"_class_name": kinds["unet"]}

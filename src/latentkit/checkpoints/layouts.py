@@ -65,16 +65,21 @@ def open_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     averaged: bool | None = None,
+    variant: str | None = None,
 ) -> Opened:
-    """The model there, in evaluation mode; `dtype` None: as stored, `averaged` as in `ldm_file.match`.
+    """The model there, in evaluation mode; `dtype` None: as stored.
+
+    `averaged` is as in `ldm_file.match`, `variant` as in `read_folder`.
 
     Errors: InputError names all that is missing, left over or wrong.
     """
     path = Path(path)
     layout = layout_of(path)
     device = torch.device(device)
+    if variant is not None and layout != "diffusers":
+        raise InputError(f"{path}: has no variant {variant!r}; only diffusers folders have variants", exit_code=2)
     if layout == "diffusers":
-        folder = match_folder(path)
+        folder = match_folder(path, variant)
         folder.complaints.refuse(str(path))
         model = filled(folder.model, folder.state, device, dtype)
         return Opened(model, {"source": "diffusers folder"}, layout, left=_left(folder.ignored, [])["left"])

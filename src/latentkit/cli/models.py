@@ -85,6 +85,9 @@ def convert(
         Path | None, typer.Option(help="An autoencoder (or a model with one) to put in the place of the model's.")
     ] = None,
     unet: Annotated[Path | None, typer.Option(help="A U-Net to put in the place of the model's.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Which weights of a diffusers folder that has several: fp16, non_ema, ...")
+    ] = None,
 ) -> None:
     """Write a model in another layout, read it back, and prove that every weight is the same.
 
@@ -99,7 +102,7 @@ def convert(
     from latentkit.cli.adapters import bake, converted
     from latentkit.errors import InputError, nearest
 
-    if converted(source, target, to, base, {"dtype": dtype, "averaged": averaged, "lora": lora}):
+    if converted(source, target, to, base, {"dtype": dtype, "averaged": averaged, "lora": lora, "variant": variant}):
         return
     if to not in get_args(Layout):
         raise InputError(f"layout {to!r} is unknown; {nearest(to, get_args(Layout))}", exit_code=2)
@@ -109,10 +112,10 @@ def convert(
         raise InputError(f"{target} exists and is not overwritten; name another", exit_code=2)
     source = located(source)
     wanted = TYPES[dtype] if dtype else None
-    given = {"lora": lora, "averaged": averaged, "vae": vae, "unet": unet}
+    given = {"lora": lora, "averaged": averaged, "vae": vae, "unet": unet, "variant": variant}
     if _converted_alone(source, target, to, wanted, [name for name, value in given.items() if value is not None]):
         return
-    opened = open_model(source, averaged=averaged)
+    opened = open_model(source, averaged=averaged, variant=variant)
     aside = _aside(opened.left)
     parts: dict[Literal["vae", "unet"], Path | None] = {"vae": vae, "unet": unet}
     for kind, part in parts.items():

@@ -156,19 +156,31 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     Errors: InputError names what is missing, variants of which none is plain, and a shard whose name leads out of the
     folder.
     """
+    found = _weights(folder)
+    if not found:
+        raise InputError(f"{folder}: holds no weights")
+    if variant not in found and "" not in found and (variant or len(found) > 1):
+        known = sorted(found)
+        raise InputError(
+            f"{folder}: holds no plain weights but the variants {', '.join(known)}; leave one of them there, or write "
+            f"a whole model of one: latentkit convert FOLDER NEW --to latentkit --variant {known[0]}"
+        )
+    path = found.get(variant or "") or found.get("") or next(iter(found.values()))
+    return _shards(folder, path) if path.suffix == ".json" else read_archive(path).tensors
+
+
+def variants(root: Path) -> list[str]:
+    """The variants that weights in sub-folders are there of, besides plain ones."""
+    return sorted({name for folder in root.iterdir() for name in _weights(folder) if name})
+
+
+def _weights(folder: Path) -> dict[str, Path]:
+    """The files of weights, or indices of shards, by variant."""
     found: dict[str, Path] = {}
     for stem in ("diffusion_pytorch_model", "model", "pytorch_model"):
         for ending in (".safetensors", ".bin"):
             found = _variants(folder, stem, ending) | found
-    if not found:
-        raise InputError(f"{folder}: holds no weights")
-    if variant not in found and "" not in found and (variant or len(found) > 1):
-        raise InputError(
-            f"{folder}: holds no plain weights but the variants {', '.join(sorted(found))}; leave one of them there, "
-            "or name one in Python: read_folder(path, variant=...)"
-        )
-    path = found.get(variant or "") or found.get("") or next(iter(found.values()))
-    return _shards(folder, path) if path.suffix == ".json" else read_archive(path).tensors
+    return found
 
 
 def _variants(folder: Path, stem: str, ending: str) -> dict[str, Path]:
