@@ -11,6 +11,7 @@ from family import model as random_model
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from latentkit.checkpoints.adapters import survey
 from latentkit.checkpoints.adapters.control_files import write_control
 from latentkit.checkpoints.adapters.lora_files import read_lora, write_lora
 from latentkit.checkpoints.adapters.survey import bases, kind_of
@@ -98,7 +99,7 @@ def test_controlnets_and_inversions(tmp_path: Path) -> None:
 
 
 def test_a_full_size_controlnet_is_told_by_its_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from latentkit.checkpoints.adapters import control_files, survey
+    from latentkit.checkpoints.adapters import control_files
 
     _, model = list(bases())[2]
     small = replace(model.architecture.network, depth=(0, 0, 0))
@@ -109,8 +110,58 @@ def test_a_full_size_controlnet_is_told_by_its_shapes(tmp_path: Path, monkeypatc
 
         tensors = given(controlnet_pairs(network, "diffusers"), network.state_dict())
     monkeypatch.setattr(control_files, "_read", lambda path: (dict(tensors), {}))
-    found = survey.report(tmp_path / "c.safetensors", "ControlNet")
-    assert (found["base"], found["transformers"], found["ways"]) == ("Stable Diffusion XL", [0, 0, 0], ["short"])
+    title, found = survey.find_control(tmp_path / "c.safetensors")
+    assert (title, found.network.config.depth, found.network.short) == ("Stable Diffusion XL", (0, 0, 0), True)
+
+
+def test_spoiled_adapters_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values that are not finite by the file's own names, whatever else is wrong; and what is out of proportion."""
+    tiny = random_model("SD 1")
+    monkeypatch.setattr(survey, "bases", lambda: iter([("a tiny family", tiny)]))
+    write_lora(tmp_path / "lora.safetensors", tiny, changes(tiny.state_dict(), *NAMES))
+    network = ControlNet(tiny.architecture.network)
+    write_control(tmp_path / "control.safetensors", network, "ldm")
+    write_control(tmp_path / "folder", network, "diffusers")
+    save_file({"emb_params": torch.ones(2, 768)}, tmp_path / "cat.safetensors")
+
+    def inspect(file: str, change: dict[str, float]) -> tuple[int, list[str]]:
+        """Exit code, and what is wrong or suspicious, with tensors whose names hold such words multiplied."""
+        path = tmp_path / file
+        held, before = load_file(path), path.read_bytes()
+        for word, factor in change.items():
+            held |= {name: factor * tensor for name, tensor in held.items() if word in name}
+        save_file(held, path)
+        source = path.parent if path.parent != tmp_path else path
+        done = CliRunner().invoke(application(), ["inspect", str(source)], catch_exceptions=False)
+        path.write_bytes(before)
+        return done.exit_code, [line for line in done.stdout.splitlines() if line.startswith(("  wrong", "  susp"))]
+
+    down = "lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight"
+    nan, plain = float("nan"), {"lora.safetensors": [], "cat.safetensors": []}
+    for file, change, said in (
+        *((file, {}, lines) for file, lines in plain.items()),
+        ("lora.safetensors", {down: nan, "alpha": 0}, [f"wrong: {down} is not finite"]),
+        ("lora.safetensors", {"lora_up": 0}, ["suspicious: all 2 changes are zero: this LoRA has no effect"]),
+        ("lora.safetensors", {down: 0}, [f"suspicious: {NAMES[1]} is zero: it has no effect"]),
+        ("cat.safetensors", {"": 1e5}, ["suspicious: tower 1.vectors has values of the size 1e+05"]),
+        ("cat.safetensors", {"": 0}, ["suspicious: tower 1.vectors is all zero"]),
+        ("cat.safetensors", {"": nan}, ["wrong: emb_params is not finite"]),
+        (
+            "control.safetensors",
+            {"zero_convs.3.0.": nan, "time_embed.0.bias": nan},
+            [f"wrong: {', '.join(f'control_model.{n}' for n in ('time_embed.0.bias', 'zero_convs.3.0.bias'))}, "],
+        ),
+        (
+            "folder/diffusion_pytorch_model.safetensors",
+            {"embedding.linear_1.bias": nan},
+            ["wrong: time_embedding.linear_1.bias is not finite"],
+        ),
+        ("control.safetensors", {}, ["suspicious: skips and middle_out are all zero, as before training: this"]),
+    ):
+        code, lines = inspect(file, change)
+        assert code == any(line.startswith("wrong") for line in said), lines
+        kept = [line for line in lines if not line.endswith(".weight is all zero")]
+        assert [line[2 : 2 + len(wanted)] for line, wanted in zip(kept, said, strict=True)] == said
 
 
 def test_a_lora_baked_into_a_model(tmp_path: Path) -> None:
@@ -152,6 +203,7 @@ def test_a_lora_baked_into_a_model(tmp_path: Path) -> None:
         ({"lora_unet_x.oft_blocks": torch.ones(2)}, "holds OFT"),
         ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "not known to this model"),
         ({"lora_unet_conv_in.lora_up.weight": torch.ones(2)}, "down is missing"),
+        ({"lora_unet_conv_in.lora_up.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}, "not of floating type"),
         ({"input_hint_block.0.weight": torch.ones(1, 1, 1, 1)}, "fits no known family"),
         ({"clip_l": torch.ones(2, 2, 2)}, "is no textual inversion"),
         ({"string_to_param.*": torch.ones(2), "x": torch.ones(2)}, "is no textual inversion"),

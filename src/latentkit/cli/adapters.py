@@ -30,7 +30,8 @@ def inspected(path: Path, json: bool) -> bool:
 def _lines(found: dict[str, Any]) -> list[str]:
     fits = f" for {found['base']}" if found["base"] else ""
     lines = [f"{found['path']}: {found['kind']}{fits}"]
-    shown = {name: value for name, value in found.items() if name not in ("path", "kind", "base", "wrong") and value}
+    apart = ("path", "kind", "base", "suspicious", "wrong")
+    shown = {name: value for name, value in found.items() if name not in apart and value}
     for name, value in shown.items():
         words = str(value)
         if isinstance(value, dict):
@@ -38,6 +39,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         elif isinstance(value, list):
             words = ", ".join(map(str, value))
         lines.append(f"  {name.replace('_', ' '):<13} {words}")
+    lines += [f"  suspicious: {name} {why}" for name, why in found["suspicious"].items()]
     return lines + [f"  wrong: {line}" for line in found["wrong"]]
 
 

@@ -35,6 +35,18 @@ class Change:
         """Of the (first) product."""
         return 1 if self.down is None else self.up.shape[1]
 
+    @property
+    def scale(self) -> float:
+        """What its product is multiplied with."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+    @property
+    def zero(self) -> bool:
+        """Whether one of its factors is all zero: then so is its product."""
+        factors = [part for part in (self.down, self.up, self.middle) if part is not None]
+        inner = [part for part in (self.second, self.left) if part is not None]
+        return not all(part.any() for part in factors) or any(part.zero for part in inner)
+
     def shapes(self) -> "Change":
         """The same without values, to be tried on a weight that has none either."""
         bare: dict[str, Any] = {}
@@ -63,8 +75,7 @@ class Change:
 
     def applied(self, weight: Tensor, strength: float) -> Tensor:
         """The weight with `strength` of the change, float32; InputError where their shapes do not fit."""
-        scale = 1.0 if self.alpha is None else self.alpha / self.rank
-        change = (self.product() * scale).to(weight.device)
+        change = (self.product() * self.scale).to(weight.device)
         if change.numel() != weight.numel() or change.shape[0] != weight.shape[0]:
             raise InputError(f"a LoRA changes a weight of shape {tuple(change.shape)}; it is {tuple(weight.shape)}")
         weight = weight.float()

@@ -246,10 +246,9 @@ def _diffusers(place: str, ours: str, change: Change) -> dict[str, Tensor]:
     """peft's names; alpha goes into the second factor, in a type that holds it exactly if one does."""
     if not _plain(change) or change.middle is not None or change.down is None:
         raise InputError(f"diffusers' layout holds no LoHa, LoKr, difference or middle, as {ours} has; write kohya's")
-    scale = 1.0 if change.alpha is None else change.alpha / change.rank
     up = change.up
-    if scale != 1:
-        wide = up.float() * scale
+    if change.scale != 1:
+        wide = up.float() * change.scale
         up = wide.to(up.dtype) if torch.equal(wide.to(up.dtype).float(), wide) else wide
     tensors = {f"{place}.lora_A.weight": change.down, f"{place}.lora_B.weight": up}
     if change.magnitude is not None:

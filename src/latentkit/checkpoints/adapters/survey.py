@@ -5,24 +5,27 @@ And what any file holds that was given for another.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from latentkit.checkpoints.adapters.control_files import layout_of, open_control, refuse, write_control
 from latentkit.checkpoints.adapters.controlnet_names import PREFIX
 from latentkit.checkpoints.adapters.inversions import read_inversion
-from latentkit.checkpoints.adapters.lora_files import NAMES, Lora, read_lora, write_lora
+from latentkit.checkpoints.adapters.lora_files import NAMES, Lora, lora_file, read_lora, write_lora
 from latentkit.checkpoints.adapters.lora_names import place, stranger
 from latentkit.checkpoints.adapters.tiny_files import is_tiny
 from latentkit.checkpoints.diffusers_folder import is_folder
+from latentkit.checkpoints.doctor.suspicion import suspicious, suspicious_changes, suspicious_control
 from latentkit.checkpoints.files import Shapes
 from latentkit.checkpoints.lone import lone_part
 from latentkit.checkpoints.names.ldm_names import UNET
-from latentkit.checkpoints.storage.archive import read_archive, read_json
+from latentkit.checkpoints.names.rename import FLOATING, finite, listed
+from latentkit.checkpoints.storage.archive import read_archive, read_json, read_part
 from latentkit.checkpoints.storage.folders import undone
 from latentkit.errors import InputError, nearest
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -154,8 +157,11 @@ def _fits_none(path: Path, complaints: dict[str, str]) -> str:
 
 def report(path: Path, kind: Kind) -> dict[str, Any]:
     """What an adapter is, and all that is wrong with it."""
-    found: dict[str, Any] = {"path": str(path), "kind": kind, "base": None, "wrong": []}
+    found: dict[str, Any] = {"path": str(path), "kind": kind, "base": None, "wrong": [], "suspicious": {}}
     try:
+        floating = {name: one for name, one in _tensors(path, kind).items() if one.dtype in FLOATING}
+        if spoiled := [name for name, tensor in floating.items() if not finite(tensor)]:
+            raise InputError(f"{listed(spoiled, None)} not finite")
         if kind == "LoRA":
             found |= _lora(path)
         elif kind == "ControlNet":
@@ -163,11 +169,18 @@ def report(path: Path, kind: Kind) -> dict[str, Any]:
         else:
             name, vectors = read_inversion(path)
             found |= {"name": name, "vectors": [list(each.shape) for each in vectors]}
+            found["suspicious"] = suspicious({f"tower {n + 1}.vectors": each for n, each in enumerate(vectors)})
             widths = {(768,): "Stable Diffusion 1", (1024,): "Stable Diffusion 2", (768, 1280): "Stable Diffusion XL"}
             found["base"] = widths.get(tuple(each.shape[1] for each in vectors))
     except InputError as error:
         found["wrong"] = [str(error).removeprefix(f"{path}: ")]
     return found
+
+
+def _tensors(path: Path, kind: Kind) -> Mapping[str, Tensor]:
+    if kind == "ControlNet" and path.is_dir():
+        return read_part(path)
+    return read_archive(lora_file(path)).tensors
 
 
 def _lora(path: Path) -> dict[str, Any]:
@@ -187,6 +200,7 @@ def _lora(path: Path) -> dict[str, Any]:
         "types": dict(Counter(str(change.up.dtype).removeprefix("torch.") for change in changes)),
         "parts": parts,
         "says": {key: lora.metadata[key][:200] for key in TOLD if key in lora.metadata},
+        "suspicious": suspicious_changes(lora.changes),
     }
 
 
@@ -219,6 +233,7 @@ def _control(path: Path) -> dict[str, Any]:
         "ways": asked,
         "parameters": sum(one.numel() for one in network.parameters()),
         "types": dict(Counter(str(one.dtype).removeprefix("torch.") for one in network.parameters())),
+        "suspicious": suspicious_control(network.state_dict()),
     }
 
 
@@ -272,10 +287,9 @@ def _apart(one: Change, other: Change) -> float:
     """The relative difference of two changes' factors: alpha over rank goes with the last."""
 
     def factors(change: Change) -> list[torch.Tensor]:
-        scale = 1.0 if change.alpha is None else change.alpha / change.rank
         inner = [each for part in (change.second, change.left) if part is not None for each in factors(part)]
         kept = [part.double().flatten() for part in (change.down, change.middle, change.magnitude) if part is not None]
-        return [change.up.double().flatten() * scale, *kept, *inner]
+        return [change.up.double().flatten() * change.scale, *kept, *inner]
 
     pairs = list(zip(factors(one), factors(other), strict=True))
     return max(float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs)

@@ -56,7 +56,7 @@ def compared(path: Path, base: LatentDiffusion | None = None) -> Compared:
 def _changes(changes: Mapping[str, Change]) -> Iterator[tuple[str, Tensor]]:
     """What a LoRA adds to each weight, and the magnitudes of DoRA."""
     for name, change in changes.items():
-        yield name, change.product() * (1.0 if change.alpha is None else change.alpha / change.rank)
+        yield name, change.product() * change.scale
         if change.magnitude is not None:
             yield f"{name}, magnitude", change.magnitude
 
