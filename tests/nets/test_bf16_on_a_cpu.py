@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from latentkit.nets import attention, layers
 
-TORCHS_NORM = torch.native_group_norm
+OWN_NORM = layers._forward
 
 
 def apart(ours: Tensor, exact: Tensor) -> float:
@@ -32,15 +32,13 @@ def norm(channels: int) -> nn.GroupNorm:
     return module
 
 
-@pytest.mark.parametrize("plain", [1, 1024])
 @pytest.mark.parametrize("portion", [1, 700, 1 << 19])
 @pytest.mark.parametrize("silu", [True, False])
 @pytest.mark.parametrize("modulated", [True, False])
 def test_norm_has_the_values_and_gradients_of_float64(
-    modulated: bool, silu: bool, portion: int, plain: int, monkeypatch: pytest.MonkeyPatch
+    modulated: bool, silu: bool, portion: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "PORTION", portion)
-    monkeypatch.setattr(layers, "PLAIN_CELLS", plain)
     module, x, slope = norm(96), picture(3, 96, 10, 6), random(3, 96, 10, 6).bfloat16()
     modulation = (random(3, 96).requires_grad_(), random(96, 3).T.requires_grad_()) if modulated else None
     by = [x, module.weight, module.bias, *(modulation or ())]
@@ -59,13 +57,13 @@ def test_norm_has_the_values_and_gradients_of_float64(
 
 @pytest.mark.parametrize("side", [31, 32])
 def test_norm_without_a_gradient_is_that_with_one(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, x, fast = norm(64).bfloat16(), picture(2, 64, side, side), []
-    monkeypatch.setattr(torch, "native_group_norm", lambda *given: fast.append(1) or TORCHS_NORM(*given))
+    module, x, slow = norm(64).bfloat16(), picture(2, 64, side, side), []
+    monkeypatch.setattr(layers, "_forward", lambda *given: slow.append(1) or OWN_NORM(*given))
     with torch.no_grad():
         drawn = layers.normalised(module, x)
+    assert len(slow) == (side < 32)  # where torch's own way is the slower one
     assert drawn.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(drawn, layers.normalised(module, x))
-    assert len(fast) == 2 * (side == 32)  # where torch's own way is the faster one
+    assert apart(drawn, layers.normalised(module, x).double()) < 1e-2
 
 
 def test_heads_of_any_width_are_filled_up_to_tiles() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 PORTION = 1 << 19
 """Elements that `_ChannelsLastNorm` works on at a time."""
 PLAIN_CELLS = 1024
-"""Cells of a picture from which on torch's own norm is the faster one, but not its gradient."""
+"""Cells of a picture from which on torch's own norm is the faster one without a gradient: there it has another way."""
 
 
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
@@ -47,15 +47,17 @@ def normalised(
     """`norm`, then scale and shift of `modulation` (`b c` each, scale around 0), then SiLU: `b c h w -> b c h w`."""
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     if bf16_on_cpu(x) and channels_last:
+        if modulation is None and x[0, 0].numel() >= PLAIN_CELLS and not torch.is_grad_enabled():
+            h = norm(x)
+            return F.silu(h, inplace=True) if silu else h
         weight, bias = norm.weight.float()[None], norm.bias.float()[None]
         if modulation is not None:
             scale, shift = (part.float() for part in modulation)
             weight, bias = weight * (1 + scale), torch.addcmul(shift, bias, 1 + scale)
         weight, bias = (part.expand(len(x), -1).unflatten(1, (norm.num_groups, -1)) for part in (weight, bias))
-        plain = modulation is None and x[0, 0].numel() >= PLAIN_CELLS
         if not torch.is_grad_enabled():
-            return _forward(x, weight, bias, norm.eps, silu, plain)[0]
-        return _ChannelsLastNorm.apply(x, weight, bias, norm.eps, silu, plain)
+            return _forward(x, weight, bias, norm.eps, silu)[0]
+        return _ChannelsLastNorm.apply(x, weight, bias, norm.eps, silu)
     h = norm(x)
     if modulation is not None:
         scale, shift = (part[:, :, None, None] for part in modulation)
@@ -66,15 +68,15 @@ def normalised(
 class _ChannelsLastNorm(torch.autograd.Function):
     """GroupNorm, with SiLU if asked for, of a channels-last bfloat16 `b c h w` on a CPU; weight and bias `b g c/g`.
 
-    torch's own kernel takes two to ten times as long there (large pictures on the way forth apart: `plain`). This
-    computes in float32, some pictures or pixels at a time, and once more on the way back, so that only the input is
-    kept. (Functions can be made in no other way than by class.)
+    torch's own kernel takes two to ten times as long there. This computes in float32, some pictures or pixels at a
+    time, and once more on the way back, so that only the input is kept. (Functions can be made in no other way than by
+    class.)
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool, plain: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> Tensor:
         """See `_forward`."""
-        y, statistics = _forward(x, weight, bias, eps, silu, plain)
+        y, statistics = _forward(x, weight, bias, eps, silu)
         ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.silu = silu
         return y
@@ -114,23 +116,14 @@ class _ChannelsLastNorm(torch.autograd.Function):
                 written.copy_(pixels.addcmul_(slope, scale))
             torch.mul(tilt - level * mean, rate, out=by_weight_)
             by_bias_.copy_(level)
-        return by_x, by_weight, by_bias, None, None, None
+        return by_x, by_weight, by_bias, None, None
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool, plain: bool
-) -> tuple[Tensor, list[Tensor]]:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, silu: bool) -> tuple[Tensor, list[Tensor]]:
     """(x - mean) / std * weight + bias, mean and std of a group's channels and pixels (Wu & He 2018).
 
-    Besides, mean and 1 / std of some pictures at a time, `2 b g 1`. `plain` leaves it to torch; weight and bias are the
-    same for all pictures then.
+    Besides, mean and 1 / std of some pictures at a time, `2 b g 1`.
     """
-    if plain:
-        b, c, h, w = x.shape
-        y, *found = torch.native_group_norm(
-            x, weight[0].flatten(), bias[0].flatten(), b, c, h * w, weight.shape[1], eps
-        )
-        return F.silu(y, inplace=True) if silu else y, list(torch.stack(found)[..., None].split(_count(x), 1))
     y, statistics = torch.empty_like(x), []
     for x_, y_, weight_, bias_ in _rows(x, y, weight, bias):
         sums = []
@@ -162,13 +155,9 @@ def _group_means(sums: Tensor, table: Tensor, x: Tensor) -> tuple[Tensor, Tensor
 
 def _rows(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Some rows of each at a time, so few that float32 copies stay in the cache; `b c h w` comes as `b (h w) c`."""
+    rows = max(1, PORTION // tensors[0][0].numel())
     tables = (t.permute(0, 2, 3, 1).flatten(1, 2) if t.ndim == 4 else t for t in tensors)
-    return zip(*(table.split(_count(tensors[0])) for table in tables), strict=True)
-
-
-def _count(x: Tensor) -> int:
-    """Pictures of x at a time."""
-    return max(1, PORTION // x[0].numel())
+    return zip(*(table.split(rows) for table in tables), strict=True)
 
 
 def _pieces(*tables: Tensor) -> Iterator[tuple[Tensor, ...]]:
