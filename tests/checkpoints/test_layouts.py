@@ -1,5 +1,6 @@
 """Models of every family in the released layouts: there and back to the bit, every tensor accounted for."""
 
+import copy
 import hashlib
 import json
 import math
@@ -142,7 +143,7 @@ def test_convert_takes_one_of_several_variants(tmp_path: Path) -> None:
     words = ("convert", str(root), str(new), "--to", "latentkit")
     code, said = command(*words)
     assert code == 1
-    assert "fp16, non_ema; leave one of them there, or write a whole model of one: latentkit convert FOLDER NEW" in said
+    assert "leave one of them there, or of a whole model write one: latentkit convert FOLDER NEW" in said
     code, said = command(*words, "--variant", "ema")
     assert (code, new.exists()) == (1, False)
     assert "there is fp16, non_ema" in said
@@ -390,21 +391,44 @@ def test_load_takes_every_layout(tmp_path: Path) -> None:
         load(tmp_path / "folder")
 
 
-def test_a_digest_is_of_the_files_that_were_loaded(tmp_path: Path) -> None:
+def test_a_digest_is_of_the_files_that_were_loaded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path, folder = tmp_path / "one.safetensors", tmp_path / "folder"
     write_single(path, family.model("SD 1", torch.float16), "test")
     write_folder(folder, family.model("SD 1", torch.float16))
-    found, other = hashlib.sha256(path.read_bytes()).hexdigest(), Digest(folder)()
-    loaded, both = load(path, "cpu"), load(folder, "cpu")
-    for file in (path, folder / "model_index.json"):
-        (tmp_path / "new").write_bytes(b"new")
-        (tmp_path / "new").replace(file)
-    assert loaded.digest == loaded.digest == found
-    assert both.digest == other != Digest(folder)()
+    first, second, both = load(path, "cpu"), load(path, "cpu"), load(folder, "cpu")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert first.digest == copy.deepcopy(first).digest == found
+    assert both.digest == Digest(folder)()
+    gone, again = load(folder, "cpu"), Digest(folder / "model_index.json")
+    with open(path, "r+b") as file:  # in place
+        file.write(b"new")
+    (tmp_path / "new").write_bytes((folder / "model_index.json").read_bytes())
+    (tmp_path / "new").replace(folder / "model_index.json")
+    assert first.digest == found
+    assert second.digest == gone.digest == ""
+    assert "one.safetensors: was changed after it was read: its pictures' records do not tell the file" in caplog.text
+    with pytest.raises(InputError, match=r"model_index\.json: was changed after it was read"):
+        again()
     path.unlink()
     with pytest.raises(InputError, match=r"one\.safetensors: cannot be read: No such file"):
         Digest(path)
-    assert loaded.digest == found
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        Digest(tmp_path / ("a" * 300))
+
+
+def test_an_interrupted_digest_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"bytes")
+    digest, whole = Digest(tmp_path / "file"), hashlib.file_digest
+
+    def interrupted(file: Any, name: str) -> Any:
+        file.read(2)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hashlib, "file_digest", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        digest()
+    monkeypatch.setattr(hashlib, "file_digest", whole)
+    assert digest() == hashlib.sha256(b"bytes").hexdigest()
 
 
 def test_a_digest_is_worked_out_beside_all_else_where_no_cpu_computes(tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import family
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentkit.checkpoints.diffusers_folder import write_folder
+from latentkit.checkpoints.files import load
+from latentkit.checkpoints.ldm_file import write_single
 from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.checkpoints.storage.mapping import let_go
+from latentkit.model.latent_diffusion import LatentDiffusion
 
 ROOM = 32 << 20
 
@@ -69,3 +75,20 @@ def test_nothing_else_is_let_go_of() -> None:
     values = torch.arange(1 << 20)
     let_go([values, torch.empty(3, device="meta"), torch.empty(0)])
     assert torch.equal(values, torch.arange(1 << 20))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts pages as Linux does")
+@pytest.mark.parametrize("layout", ["file", "folder"])
+def test_what_rests_is_out_of_memory_when_it_has_been_read(layout: str, tmp_path: Path) -> None:
+    wide = replace(family.ARCHITECTURES["SD 1"], network=replace(family.UNET, channels=256))
+    model, path = LatentDiffusion(wide, {}).eval().requires_grad_(False), tmp_path / "model"
+    write_folder(path, model) if layout == "folder" else write_single(path, model, "test")
+    size = sum(parameter.nbytes for parameter in model.denoiser.parameters())
+    before = in_memory()
+    kept = load(path, "cpu")
+    assert in_memory() - before > 0.8 * size
+    del kept
+    before = in_memory()
+    rests = load(path, "cpu", low_memory=True)
+    assert in_memory() - before < 0.3 * size
+    del rests

@@ -23,7 +23,7 @@ from latentkit.checkpoints.adapters.lora_files import write_lora
 from latentkit.checkpoints.files import save_model
 from latentkit.checkpoints.names.rename import given
 from latentkit.checkpoints.storage.digest import Digest
-from latentkit.cli.output import show, slug, write_new
+from latentkit.cli.output import check_folder, show, slug, write_new
 from latentkit.data.pictures import to_png
 from latentkit.errors import InputError
 from latentkit.nets.controlnet import ControlNet
@@ -378,6 +378,19 @@ def test_names_of_files(tmp_path: Path) -> None:
         write_new(tmp_path, "none/a", "png", b"x")
     with pytest.raises(InputError, match="pictures cannot go to"):
         write_new(tmp_path / "a.png", "a", "png", b"x")
+
+
+@pytest.mark.parametrize("place", ["loop", "gone", "new/" + "n" * 300, "file/new"])
+def test_a_folder_that_cannot_be_is_refused_before_the_work(place: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match="pictures cannot go to"):
+        check_folder(tmp_path / place)
+    check_folder(tmp_path / "new" / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "gone", "loop"]
+    with pytest.raises(InputError, match="pictures cannot go to"):
+        write_new(tmp_path / place, "a", "png", b"x")
 
 
 def test_a_failed_write_leaves_no_half_picture(tmp_path: Path) -> None:

@@ -203,8 +203,10 @@ def test_what_is_traced_goes_the_plain_way() -> None:
     with torch.no_grad():
         upsample = torch.jit.trace(layers.Upsample(8), random(1, 8, 16, 16))  # type: ignore[no-untyped-call]
         feed = torch.jit.trace(attention.FeedForward(8), random(1, 7, 8))  # type: ignore[no-untyped-call]
+        compiled = torch.compile(attention.FeedForward(8), backend="eager", fullgraph=True)(random(1, 7, 8))
     assert "conv_transpose" not in str(upsample.inlined_graph)
     assert "mkldnn" not in str(feed.inlined_graph)
+    assert compiled.shape == (1, 7, 8)
 
 
 def test_only_bfloat16_on_a_cpu_is_laid_out_anew() -> None:
@@ -231,3 +233,11 @@ def test_feed_forward_without_gradients_is_that_with_them(
     assert apart(drawn, module(x).double()) < error
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert apart(module.float()(x), exact(x.double())) < 2e-2
+
+
+def test_one_mask_for_all_pictures_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "PORTION", 1)
+    q, mask = random(3, 2, 5, 16).bfloat16(), torch.tensor([[True, False, True, True, False]])
+    with torch.no_grad():
+        one, each = attention.attend(q, q, q, mask), attention.attend(q, q, q, mask.expand(3, -1))
+    assert torch.equal(one, each)

@@ -197,7 +197,7 @@ class Converted:
         return model
 
     def _traced(self, form: Form, tensors: list[Tensor]) -> Any:
-        """OpenVINO's model of the network, for inputs of any size; traced in float32, where all ways are plain ones."""
+        """OpenVINO's model of the network, for inputs of any size; traced in float32 and by the plain ways."""
         openvino = _openvino()
         from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 

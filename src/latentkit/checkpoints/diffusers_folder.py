@@ -123,8 +123,8 @@ def read_folder(
     return filled(found.model, found.state, torch.device(device), dtype)
 
 
-def match_folder(path: Path, variant: str | None = None) -> Folder:
-    """What the folder holds, and every tensor of it accounted for."""
+def match_folder(path: Path, variant: str | None = None, *, keep: bool = False) -> Folder:
+    """What the folder holds, and every tensor of it accounted for; `keep` as in `taken`."""
     if variant is not None and variant not in (known := variants(path)):
         got = f"{path}: no part has weights of the variant {variant!r}"
         raise InputError(f"{got}; there is {', '.join(known) or 'none'}", exit_code=2)
@@ -167,7 +167,7 @@ def match_folder(path: Path, variant: str | None = None) -> Folder:
         image=image,
     )
     model = built(architecture, {"text": {"tokenizer": state}} if clip or bert else {}, str(path))
-    found = _matched(path, model, place, coder, scaling, variant)
+    found = _matched(path, model, place, coder, scaling, variant, keep)
     aside = [name for name in NOT_READ if index.get(name) not in (None, [None, None])]
     return found._replace(ignored=found.ignored | {"parts that are not run": aside})
 
@@ -189,7 +189,7 @@ def _first_stage(what: str, values: Mapping[str, Any]) -> tuple[AutoencoderConfi
 
 
 def _matched(
-    path: Path, model: LatentDiffusion, place: str, coder: str, scaling: Statistics, variant: str | None
+    path: Path, model: LatentDiffusion, place: str, coder: str, scaling: Statistics, variant: str | None, keep: bool
 ) -> Folder:
     complaints = Complaints()
     aside: list[str] = []
@@ -198,7 +198,7 @@ def _matched(
     for folder, pairs in _pairs(model, place, coder).items():
         tensors = {_modern(folder, name): tensor for name, tensor in read_part(path / folder, variant).items()}
         own = {name: expected[name] for pair in pairs for name in pair.ours}
-        ours, wrong = taken(pairs, tensors, own)
+        ours, wrong = taken(pairs, tensors, own, keep=keep)
         left = tensors.keys() - {pair.theirs for pair in pairs}
         numbers = {name for name in left if re.fullmatch(r"(.*\.)?position_ids|to_logits\..*", name)}
         aside += [f"{folder}/{name}" for name in numbers]

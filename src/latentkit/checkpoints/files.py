@@ -7,9 +7,11 @@ or called.
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -60,8 +62,17 @@ class Model(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The sha256 of its file or folder, worked out when it is first asked for (see `Digest`)."""
-        return self.sha256 if isinstance(self.sha256, str) else self.sha256()
+        """The sha256 of its file or folder, worked out when it is first asked for (see `Digest`).
+
+        Empty, which is said on stderr, where that is no longer the one that was loaded.
+        """
+        if isinstance(self.sha256, str):
+            return self.sha256
+        try:
+            return self.sha256()
+        except InputError as error:
+            logging.getLogger("latentkit").warning(f"{error}: its pictures' records do not tell the file")
+            return ""
 
 
 class _Document(BaseModel):
@@ -196,15 +207,15 @@ def load(
             raise instead(error, foreign, "a whole model") from None
         stem = path.resolve().parent.name if path.name == RUN_MODEL else path.stem
         return Model(network, provenance, stem, digest, place if low_memory else None)
+    digest = _digest(foreign, place)
     try:
-        network, provenance, _, certain, _ = layouts.open_model(foreign)
+        network, provenance, _, certain, _ = layouts.open_model(foreign, keep=not low_memory)
     except InputError as error:
         raise instead(error, foreign, "a whole model") from None
-    digest = _digest(foreign, place)
     for buffer in network.buffers():
         buffer.data = buffer.data.to(place.device)
-    let_go((network if low_memory else network.first_stage).parameters())  # its turn is the last
     if not low_memory:
+        let_go(network.first_stage.parameters())  # its turn is the last
         for parameter in network.parameters():
             bring(parameter, place)
     if not certain:
@@ -218,7 +229,12 @@ def _digest(path: Path, place: Place) -> Digest:
     """A file's digest, worked out beside all else where that takes nothing from what computes."""
     digest = Digest(path)
     if place.device.type != "cpu":
-        threading.Thread(target=digest, daemon=True).start()
+
+        def work() -> None:
+            with suppress(InputError):  # who asks for it is told
+                digest()
+
+        threading.Thread(target=work, daemon=True).start()
     return digest
 
 

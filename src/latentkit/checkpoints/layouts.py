@@ -66,10 +66,12 @@ def open_model(
     dtype: torch.dtype | None = None,
     averaged: bool | None = None,
     variant: str | None = None,
+    *,
+    keep: bool = False,
 ) -> Opened:
     """The model there, in evaluation mode; `dtype` None: as stored.
 
-    `averaged` is as in `ldm_file.match`, `variant` as in `read_folder`.
+    `averaged` is as in `ldm_file.match`, `variant` as in `read_folder`, `keep` as in `taken`.
 
     Errors: InputError names all that is missing, left over or wrong.
     """
@@ -79,13 +81,13 @@ def open_model(
     if variant is not None and layout != "diffusers":
         raise InputError(f"{path}: has no variant {variant!r}; only diffusers folders have variants", exit_code=2)
     if layout == "diffusers":
-        folder = match_folder(path, variant)
+        folder = match_folder(path, variant, keep=keep)
         folder.complaints.refuse(str(path))
         model = filled(folder.model, folder.state, device, dtype)
         return Opened(model, {"source": "diffusers folder"}, layout, left=_left(folder.ignored, [])["left"])
     if layout == "ldm":
         archive = read_archive(path)
-        matched = match(archive, str(path), averaged, path.parent)
+        matched = match(archive, str(path), averaged, path.parent, keep=keep)
         matched.complaints.refuse(str(path))
         model, name = filled(matched.model, matched.state, device, dtype), matched.found.name
         told = {ours: archive.metadata[theirs] for theirs, ours in TOLD.items() if theirs in archive.metadata}

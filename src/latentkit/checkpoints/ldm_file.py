@@ -128,12 +128,14 @@ def _seconds(tensors: Mapping[str, Tensor], pairs: list[Pair]) -> set[str]:
     return {name for name in copies.keys() & tensors.keys() if tensors[name].shape == tensors[copies[name]].shape}
 
 
-def match(archive: Archive, what: str, averaged: bool | None = None, folder: Path | None = None) -> Match:
+def match(
+    archive: Archive, what: str, averaged: bool | None = None, folder: Path | None = None, *, keep: bool = False
+) -> Match:
     """What the archive holds, and every tensor of it accounted for.
 
     `averaged` takes the U-Net's averaged weights; None: as the released code did, for the 2021 models where they are
     there, and not for Stable Diffusion. `folder` may hold the vocabulary of a model with BERT's (see `read_bert`),
-    which is in no such file. Errors: InputError where the kind of model cannot be known.
+    which is in no such file; `keep` as in `taken`. Errors: InputError where the kind of model cannot be known.
     """
     tensors = _renamed(archive.tensors, what)
     found = single_file(archive._replace(tensors=tensors), what)
@@ -153,7 +155,7 @@ def match(archive: Archive, what: str, averaged: bool | None = None, folder: Pat
     seconds = _seconds(tensors, pairs)
     buffers = dict(model.named_buffers())
     expected = {name: tensor for name, tensor in model.state_dict().items() if name not in buffers}
-    ours, complaints = taken(pairs, tensors | {name: tensors[used[name]] for name in used}, expected)
+    ours, complaints = taken(pairs, tensors | {name: tensors[used[name]] for name in used}, expected, keep=keep)
     ignored: dict[str, list[str]] = {PLAIN: list(used)} if used else {}
     for name in tensors.keys() - {pair.theirs for pair in pairs} - set(used.values()):
         kind = next((kind for kind, pattern in IGNORED.items() if re.fullmatch(pattern, name)), None)

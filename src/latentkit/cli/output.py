@@ -1,5 +1,6 @@
 """What the drawing commands show and write: progress on stderr, new files and never old ones."""
 
+import errno
 import logging
 import os
 import re
@@ -42,10 +43,16 @@ def show(events: "Iterator[Progress | T]") -> Iterator[T]:
         print(f"\r\x1b[K{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True)
 
 
+LONGEST_PART = 255
+"""Bytes of a file's or folder's name that every system takes."""
+
+
 def check_folder(folder: Path) -> None:
     """InputError where `write_new` could not write to the folder or make it; nothing is made yet."""
     try:
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if any(len(os.fsencode(part)) > LONGEST_PART for part in folder.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
     except OSError as error:
         raise InputError(f"pictures cannot go to {folder}: {error.strerror or error}", exit_code=2) from None
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

@@ -39,7 +39,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causa
     """
     if causal:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    allowed = None if mask is None else mask[:, None, None, :]
+    allowed = None if mask is None else mask[:, None, None, :].expand(len(q), -1, -1, -1)
     if bf16_on_cpu(q):
         return _MatrixAttention.apply(q, k, v, allowed) if torch.is_grad_enabled() else _attended(q, k, v, allowed)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
@@ -116,7 +116,7 @@ def _slices(length: int, size: int) -> list[slice]:
 
 
 def _together(part: Tensor) -> Tensor:
-    """`b h n d -> (b h) n d`, for products of each picture and head that copy nothing."""
+    """`b h n d -> (b h) n d`, for products of each picture and head, which copy nothing more."""
     return part.flatten(0, 1)
 
 

@@ -25,8 +25,9 @@ def bf16_on_cpu(x: Tensor) -> bool:
 
 
 def fast_on_cpu(x: Tensor) -> bool:
-    """Whether `x` goes the ways that are faster for both types on a CPU; what is traced goes the plain one."""
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    """Whether `x` goes the ways that are faster for both types on a CPU; traced or compiled, it goes the plain one."""
+    followed = torch.jit.is_tracing() or torch.compiler.is_compiling()  # type: ignore[attr-defined]
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and not followed
 
 
 def laid_out(x: Tensor) -> Tensor:
@@ -238,7 +239,7 @@ class Downsample(nn.Module):
 
 MERGED_CELLS = {torch.float32: 256, torch.bfloat16: 1024}
 """Cells of all pictures from which on merging the kernel of an upsampling pays on a CPU."""
-MERGING = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+MERGING = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device="cpu")
 """Three taps on doubled pixels as four on the pixels themselves."""
 
 

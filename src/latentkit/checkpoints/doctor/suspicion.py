@@ -46,7 +46,7 @@ def suspicious_changes(changes: Changes) -> dict[str, str]:
     """
     zero = {name for name, change in changes.items() if change.zero}
     idle = [name for name in zero if changes[name].magnitude is None]
-    if len(idle) == len(changes):
+    if changes and len(idle) == len(changes):
         return {f"all {len(idle)} changes": "are zero: this LoRA has no effect"}
     found = dict.fromkeys(blocks(idle, changes), "is zero: it has no effect")
     left = ((name, change) for name, change in changes.items() if name not in zero and change.up.ndim > 1)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from latentkit.checkpoints.storage.mapping import let_go
 from latentkit.errors import InputError
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -112,11 +113,12 @@ def finite(tensor: Tensor) -> bool:
 
 
 def taken(
-    pairs: Iterable[Pair], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+    pairs: Iterable[Pair], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], *, keep: bool = False
 ) -> tuple[dict[str, Tensor], Complaints]:
     """Our state of their tensors, views where that can be, and what does not fit `expected` (of which shapes count).
 
-    `expected` holds all that is ours; tensors that no pair names are not looked at.
+    `expected` holds all that is ours; tensors that no pair names are not looked at. What was looked at leaves memory
+    unless `keep`, for a model that computes at once.
     """
     state: dict[str, Tensor] = {}
     complaints = Complaints()
@@ -134,6 +136,8 @@ def taken(
             complaints.shape.append(f"{pair.theirs} ({_size(tensor.shape)}, wanted {_size(whole)})")
         elif not finite(tensor):
             complaints.not_finite.append(pair.theirs)
+        if not keep:
+            let_go([tensor])
         state |= zip(pair.ours, parts)
     unfed = expected.keys() - {name for pair in pairs for name in pair.ours}
     assert not unfed, f"no pair feeds {sorted(unfed)[:3]}"

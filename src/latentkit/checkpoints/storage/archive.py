@@ -162,8 +162,8 @@ def read_part(folder: Path, variant: str | None = None) -> dict[str, Tensor]:
     if variant not in found and "" not in found and (variant or len(found) > 1):
         known = sorted(found)
         raise InputError(
-            f"{folder}: holds no plain weights but the variants {', '.join(known)}; leave one of them there, or write "
-            f"a whole model of one: latentkit convert FOLDER NEW --to latentkit --variant {known[0]}"
+            f"{folder}: holds no plain weights but the variants {', '.join(known)}; leave one of them there, or of a "
+            f"whole model write one: latentkit convert FOLDER NEW --to latentkit --variant {known[0]}"
         )
     path = found.get(variant or "") or found.get("") or next(iter(found.values()))
     return _shards(folder, path) if path.suffix == ".json" else read_archive(path).tensors

@@ -1,7 +1,7 @@
 """What files are known by: the sha256 of their bytes."""
 
 import hashlib
-import threading
+import os
 from pathlib import Path
 
 from latentkit.errors import InputError
@@ -10,42 +10,42 @@ from latentkit.errors import InputError
 class Digest:
     """The sha256 of a file, or of all of a folder's files and their names, 64 hexadecimal digits when it is called.
 
-    It is worked out at the first call, of the files that were there when this was made: they are held open until then.
-    Errors: InputError for what cannot be read.
+    It is worked out at the first call. Errors: InputError for what cannot be read, or was changed since this was made.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._folder = path.is_dir()
-        self._lock = threading.Lock()
         self._found = ""
-        self._files = []
         try:
-            for file in sorted(p for p in path.rglob("*") if p.is_file()) if self._folder else [path]:
-                self._files.append((str(file.relative_to(path)), open(file, "rb")))  # noqa: SIM115
+            self._folder = path.is_dir()
+            files = sorted(p for p in path.rglob("*") if p.is_file()) if self._folder else [path]
+            self._marks = [(file, _mark(os.stat(file))) for file in files]
         except OSError as error:
             raise self._unreadable(error) from None
 
     def __call__(self) -> str:
-        """Threads that ask at once wait for one another."""
-        with self._lock:
-            if not self._found:
+        """Threads that ask at once may each work it out."""
+        if not self._found:
+            whole = hashlib.sha256()
+            for path, mark in self._marks:
                 try:
-                    found = [(name, hashlib.file_digest(file, "sha256")) for name, file in self._files]
+                    with open(path, "rb") as file:
+                        own = hashlib.file_digest(file, "sha256")
+                        if _mark(os.fstat(file.fileno())) != mark:
+                            raise InputError(f"{path}: was changed after it was read", exit_code=2)
                 except OSError as error:
                     raise self._unreadable(error) from None
-                whole = hashlib.sha256(b"".join(name.encode() + own.digest() for name, own in found))
-                self._found = (whole if self._folder else found[0][1]).hexdigest()
-                self._close()
+                if not self._folder:
+                    whole = own
+                    break
+                whole.update(str(path.relative_to(self.path)).encode() + own.digest())
+            self._found = whole.hexdigest()
         return self._found
-
-    def __del__(self) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        for _, file in self._files:
-            file.close()
-        self._files.clear()
 
     def _unreadable(self, error: OSError) -> InputError:
         return InputError(f"{self.path}: cannot be read: {error.strerror or error}", exit_code=2)
+
+
+def _mark(found: os.stat_result) -> tuple[int, ...]:
+    """What is another when a file has been replaced or written to."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentkit.checkpoints.names.rename import finite, listed
+from latentkit.checkpoints.names.rename import FLOATING, finite, listed
 from latentkit.errors import InputError
 
 IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
@@ -51,7 +51,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Errors: InputError for values that are not finite and for a disk that refuses; a file that was at `path` before is
     then unharmed.
     """
-    wrong = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not finite(tensor)]
+    wrong = [name for name, tensor in tensors.items() if tensor.dtype in FLOATING and not finite(tensor)]
     if wrong:
         kind = str(tensors[wrong[0]].dtype).removeprefix("torch.")
         raise InputError(f"nothing was written to {path}: {listed(wrong)} not finite in {kind}")
