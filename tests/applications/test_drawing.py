@@ -80,7 +80,7 @@ def test_what_differs_from_the_record_is_told() -> None:
     record = results(generate(MODEL, REQUESTS[0]))[0].record
     assert record.differences(MODEL) == []
     other = record.model_copy(update={"machine": record.machine.model_copy(update={"threads": 77, "torch": "1.0"})})
-    told = "; ".join(other.differences(MODEL._replace(digest="1" * 64)))
+    told = "; ".join(other.differences(MODEL._replace(sha256="1" * 64)))
     assert "model tiny (1111111111) instead of tiny (0000000000)" in told
     assert "torch" in told
     assert "threads 1 instead of 77" in told

@@ -134,6 +134,9 @@ def test_heads_are_told_by_the_network_itself(
         application(), ["convert", str(path), str(tmp_path / "own"), "--to", "latentkit"], catch_exceptions=False
     )
     assert open_model(tmp_path / "own").model.architecture.network == wanted.network
+    half = tmp_path / "half.safetensors"
+    save_file({key: tensor.half() for key, tensor in load_file(path).items()}, half)
+    assert latentkit.load(half, "cpu", low_memory=True).network.architecture.network == wanted.network
 
 
 def test_heads_that_cannot_be_told_are_the_presets(

@@ -139,8 +139,9 @@ def _settle_heads(model: LatentDiffusion, what: str, turn: Callable[[str], None]
     network = replace(first.unet.config, heads=None, head_width=OTHER_WIDTH)
     second = _rebuilt(first, network)
     turn("first_stage")
+    device = next(model.first_stage.parameters()).device
     with torch.no_grad():
-        latents = model.first_stage.encode(leaves(ROWS, SIDE * model.first_stage.downsampling))
+        latents = model.first_stage.encode(leaves(ROWS, SIDE * model.first_stage.downsampling).to(device))
     turn("conditioners")
     conditioning = _told(model, ROWS)
     turn("denoiser")

@@ -233,7 +233,8 @@ class Downsample(nn.Module):
 
 
 MERGED_CELLS = {torch.float32: 256, torch.bfloat16: 1024}
-"""Cells of all pictures from which on merging the kernel of an upsampling pays on a CPU."""
+"""Cells from which on merging the kernel of an upsampling pays on a CPU: of each picture in float32, where no picture
+depends on how many others are drawn with it; of all in bfloat16."""
 MERGING = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=torch.float32, device="cpu")
 """Three taps on doubled pixels as four on the pixels themselves."""
 
@@ -252,8 +253,10 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """`b c h w -> b c 2h 2w`, or to `size` where the level below it was odd."""
         b, _, h, w = x.shape
-        if fast_on_cpu(x) and b * h * w >= MERGED_CELLS[x.dtype] and size in (None, (2 * h, 2 * w)):
-            return self.doubled(x, self.merged())
+        if fast_on_cpu(x) and size in (None, (2 * h, 2 * w)):
+            cells = h * w * (b if x.dtype == torch.bfloat16 else 1)
+            if cells >= MERGED_CELLS[x.dtype]:
+                return self.doubled(x, self.merged())
         return self.conv(F.interpolate(x, size or (2 * h, 2 * w), mode="nearest"))
 
     def merged(self) -> Tensor:
