@@ -255,7 +255,7 @@ class SpatialTransformer(nn.Module):
         h = normalised(self.norm, x, silu=False)
         if not self.linear:
             h = self.project_in(h)
-        tokens = rearrange(h, "b c h w -> b (h w) c")
+        tokens = rearrange(h, "b c h w -> b (h w) c").contiguous()  # once, not in every norm
         if self.linear:
             tokens = self.project_in(tokens)
         for block in self.blocks:
