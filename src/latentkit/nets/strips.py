@@ -261,7 +261,9 @@ class Strips:
 
             return self._made((1, c, h // 2, w // 2), halved)
         assert isinstance(resample, Upsample)
-        merged = resample.merged() if fast_on_cpu(resample.conv.weight) else None
+        merged = None
+        if fast_on_cpu(resample.conv.weight):  # as it is fastest, for all strips
+            merged = resample.merged().contiguous(memory_format=torch.channels_last)
 
         def doubled(start: int, stop: int) -> Tensor:
             low, high = max(start // 2 - 1, 0), min(stop // 2 + 1, h)
