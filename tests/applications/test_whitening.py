@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,10 @@ def test_one_factor_for_all_channels_is_exported_as_such(tmp_path: Path, monkeyp
         first.autoencoder.to_moments.weight[:4] *= torch.tensor([1.0, 2.0, 4.0, 8.0])[:, None, None, None]
         first.autoencoder.to_moments.bias[:4] += torch.tensor([0.0, 3.0, -1.0, 0.5])
     save_autoencoder(tmp_path / "first.safetensors", first, {})
-    recipe = {
+    recipe: dict[str, Any] = {
         "stage": "diffusion",
         "name": "small",
         "first_stage": str(tmp_path / "first.safetensors"),
-        "whitening": False,
         "data": {"path": str(tmp_path / "pictures"), "transform": {"size": 16}},
         "network": {"channels": 32, "multipliers": [1, 2], "blocks": 1, "depth": [0, 1], "middle_depth": 1, "heads": 2}
         | {"linear_projection": False},
@@ -52,6 +52,12 @@ def test_one_factor_for_all_channels_is_exported_as_such(tmp_path: Path, monkeyp
     together = (mean.var(correction=0) + log_variance.exp().mean()).sqrt()
     assert stage.latent_mean.tolist() == [0] * 4
     assert stage.latent_std.tolist() == pytest.approx([float(together)] * 4, rel=1e-5)
+
+    recipe["whitening"] = True
+    white = load(train(parse_recipe(recipe), tmp_path / "white"), dtype=torch.float32).network.first_stage
+    each = (mean.var((0, 2, 3), correction=0) + log_variance.exp().mean((0, 2, 3))).sqrt()
+    assert white.latent_mean.tolist() == pytest.approx(mean.mean((0, 2, 3)).tolist(), abs=1e-4)
+    assert white.latent_std.tolist() == pytest.approx(each.tolist(), rel=1e-4)
 
     (ours,) = draw(model.network, model.provenance["defaults"], ["noise"], [0])
     write_folder(tmp_path / "export", model.network)

@@ -94,8 +94,8 @@ class DiffusionRecipe(_Common):
     stage: Literal["diffusion"]
     first_stage: str
     """An autoencoder's model file or run folder, or "identity" for diffusion on pixels."""
-    whitening: bool = True
-    """Each latent channel gets mean 0 and deviation 1 over the pictures; false: one factor for all, as in the paper."""
+    whitening: bool = False
+    """Each latent channel gets mean 0 and deviation 1 over the pictures; else one factor for all, as in the paper."""
     network: UNetConfig
     noise: NoiseSchedule = NoiseSchedule()
     prediction: PredictionName = "flow"
