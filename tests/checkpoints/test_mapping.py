@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from latentkit.checkpoints.diffusers_folder import write_folder
 from latentkit.checkpoints.files import load
 from latentkit.checkpoints.ldm_file import write_single
+from latentkit.checkpoints.names.rename import finite
 from latentkit.checkpoints.storage.archive import read_archive
 from latentkit.checkpoints.storage.mapping import let_go
 from latentkit.model.latent_diffusion import LatentDiffusion
@@ -92,3 +93,15 @@ def test_what_rests_is_out_of_memory_when_it_has_been_read(layout: str, tmp_path
     rests = load(path, "cpu", low_memory=True)
     assert in_memory() - before < 0.3 * size
     del rests
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_noticed(dtype: torch.dtype) -> None:
+    """Whatever their place; the largest of a type, and none at all, are finite."""
+    for count in (1, 7, 100_003):
+        values = torch.full((count,), torch.finfo(dtype).max, dtype=dtype)
+        assert finite(values)
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for place in (0, count // 2, count - 1):
+                assert not finite(values.index_fill(0, torch.tensor(place), value))
+    assert finite(torch.empty(0, dtype=dtype))

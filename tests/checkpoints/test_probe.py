@@ -115,7 +115,7 @@ def heads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", ["one", "many"])
 def test_heads_are_told_by_the_network_itself(
-    name: str, heads: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, heads: None, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two networks trained with other heads each, in files of equal names and shapes that say nothing."""
     path = Path(__file__).with_name(f"heads-{name}.safetensors")
@@ -136,7 +136,10 @@ def test_heads_are_told_by_the_network_itself(
     assert open_model(tmp_path / "own").model.architecture.network == wanted.network
     half = tmp_path / "half.safetensors"
     save_file({key: tensor.half() for key, tensor in load_file(path).items()}, half)
+    turns: list[tuple[str, ...]] = []
+    monkeypatch.setattr(Parts, "turn", lambda self, *names, turn=Parts.turn: turns.append(names) or turn(self, *names))
     assert latentkit.load(half, "cpu", low_memory=True).network.architecture.network == wanted.network
+    assert turns == [("first_stage",), ("conditioners",), ("denoiser",), ()]
 
 
 def test_heads_that_cannot_be_told_are_the_presets(
