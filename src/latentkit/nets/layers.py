@@ -267,9 +267,9 @@ class Upsample(nn.Module):
         kernel = torch.kron(MERGING, MERGING) @ taps
         return kernel.unflatten(1, (4, 4)).permute(back).to(weight.dtype)
 
-    def doubled(self, x: Tensor, merged: Tensor) -> Tensor:
-        """`b c h w -> b c 2h 2w` by the transposed convolution."""
-        return F.conv_transpose2d(x, merged, self.conv.bias, stride=2, padding=1)
+    def doubled(self, x: Tensor, merged: Tensor, neighbours: int = 0) -> Tensor:
+        """`b c h w -> b c 2h 2w` by the transposed convolution, without the rows of `neighbours` above and below."""
+        return F.conv_transpose2d(x, merged, self.conv.bias, stride=2, padding=(1 + 2 * neighbours, 1))
 
 
 def sinusoids(timestep: Tensor, width: int) -> Tensor:

@@ -246,7 +246,7 @@ class Strips:
         total.moments, normalised = Moments(shape[1]), Normalised(block.norm_out, inner)
         for start, stop in _strips(shape):
             added = _convolved(block.conv_out, lambda i, j: normalised(inner.rows(i, j)), start, stop, h)
-            total.write(start, added.add_(total.rows(start, stop)))
+            total.write(start, total.rows(start, stop).add_(added))  # in place where it can be
             inner.release(h if stop == h else stop - 1)
         return total
 
@@ -268,9 +268,13 @@ class Strips:
         def doubled(start: int, stop: int) -> Tensor:
             low, high = max(start // 2 - 1, 0), min(stop // 2 + 1, h)
             rows = x.rows(low, high)
-            rows = resample(rows) if merged is None else resample.doubled(rows, merged)
+            if merged is None:
+                rows = resample(rows)[:, :, start - 2 * low : stop - 2 * low]
+            else:
+                rows = _edged(rows, start // 2 - low, high - stop // 2)
+                rows = resample.doubled(rows, merged, neighbours=1)
             x.release(h if stop == 2 * h else stop // 2 - 1)
-            return rows[:, :, start - 2 * low : stop - 2 * low]
+            return rows
 
         return self._made((1, c, 2 * h, 2 * w), doubled)
 
@@ -327,9 +331,12 @@ def _convolved(conv: nn.Module, rows: Callable[[int, int], Tensor], start: int, 
 
 def _cut(conv: nn.Module, rows: Tensor, above: int, below: int) -> Tensor:
     """A 3x3 convolution of rows, the first and the last of which are a neighbour's (1), or there is none (0)."""
-    if not above or not below:
-        rows = F.pad(rows, (0, 0, 1 - above, 1 - below))
-    return F.conv2d(rows, conv.weight, conv.bias, padding=(0, 1))  # type: ignore[arg-type]
+    return F.conv2d(_edged(rows, above, below), conv.weight, conv.bias, padding=(0, 1))  # type: ignore[arg-type]
+
+
+def _edged(rows: Tensor, above: int, below: int) -> Tensor:
+    """Rows with one of zeros above and below, unless there is a neighbour's (1) already."""
+    return rows if above and below else F.pad(rows, (0, 0, 1 - above, 1 - below))
 
 
 def _wide(x: Tensor) -> torch.dtype:
