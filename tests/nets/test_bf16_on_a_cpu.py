@@ -222,7 +222,7 @@ def test_feed_forward_without_gradients_is_that_with_them(
     fused: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr(attention, "FUSED", {})
+        monkeypatch.setattr(layers, "FUSED", {})
     module, x = attention.FeedForward(32).to(dtype), random(2, 7, 32).to(dtype)
     exact = attention.FeedForward(32).double()
     exact.load_state_dict(module.state_dict())
@@ -233,6 +233,33 @@ def test_feed_forward_without_gradients_is_that_with_them(
     assert apart(drawn, module(x).double()) < error
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert apart(module.float()(x), exact(x.double())) < 2e-2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_linear_layer_is_torchs_and_does_not_depend_on_the_batch(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    own = layers.FUSED[torch.float32]
+    monkeypatch.setitem(layers.FUSED, torch.float32, lambda *given: calls.append(0) or own(*given))
+    module, x = layers.Linear(256, 256, bias=bias), random(2, 256, 256)
+    plain = torch.nn.functional.linear(x, module.weight, module.bias)
+    assert torch.equal(module(x), plain)
+    assert not calls  # with gradients it is torch's
+    with torch.no_grad():
+        both = module(x)
+        assert apart(both, plain.double()) < 1e-5
+        assert torch.equal(both[:1], module(x[:1]))
+        assert len(calls) == 2
+        for small in (x[:, :255], x[0], x[:, 0]):
+            assert apart(module(small), torch.nn.functional.linear(small, module.weight, module.bias).double()) < 1e-5
+        assert module.double()(x.double()).dtype == torch.float64
+        assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module.float()(x).dtype == torch.bfloat16
+        traced = torch.jit.trace(module, x, check_trace=False)  # type: ignore[no-untyped-call]
+    assert len(calls) == 2
+    assert "mkldnn" not in str(traced.inlined_graph)
 
 
 def test_one_mask_for_all_pictures_is_that_of_each(monkeypatch: pytest.MonkeyPatch) -> None:

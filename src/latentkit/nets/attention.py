@@ -9,27 +9,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from latentkit.nets.layers import bf16_on_cpu, fast_on_cpu, group_norm, normalised, zeroed
+from latentkit.nets.layers import Linear, bf16_on_cpu, fast_on_cpu, fused_for, group_norm, normalised, zeroed
 
 PORTION = 1 << 21
 """Scores that `_MatrixAttention` works on at a time: few enough for the cache; half as many on the way back."""
 TILE = 16
 """Width of the tiles that matrix products are fast in; Stable Diffusion's heads of 40 are filled up to it."""
-
-
-def _fused() -> dict[torch.dtype, Any]:
-    """A linear layer and what is done to its result in one pass, without a gradient, by type.
-
-    Not where torch was built without it, or the machine has no instructions for it.
-    """
-    own = torch.ops.mkldnn
-    if not (torch.backends.mkldnn.is_available() and hasattr(own, "_linear_pointwise")):
-        return {}
-    types = [torch.float32] + [torch.bfloat16] * own._is_mkldnn_bf16_supported()
-    return dict.fromkeys(types, own._linear_pointwise)
-
-
-FUSED = _fused()
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
@@ -147,10 +132,10 @@ class Attention(nn.Module):
         super().__init__()
         inner = inner or width
         self.heads = heads
-        self.q = nn.Linear(width, inner, bias=qkv_bias)
-        self.k = nn.Linear(context_width or width, inner, bias=qkv_bias)
-        self.v = nn.Linear(context_width or width, inner, bias=qkv_bias)
-        self.out = nn.Linear(inner, width)
+        self.q = Linear(width, inner, bias=qkv_bias)
+        self.k = Linear(context_width or width, inner, bias=qkv_bias)
+        self.v = Linear(context_width or width, inner, bias=qkv_bias)
+        self.out = Linear(inner, width)
 
     def forward(
         self,
@@ -179,15 +164,15 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.project = nn.Linear(width, 8 * width)
-        self.out = nn.Linear(4 * width, width)
+        self.project = Linear(width, 8 * width)
+        self.out = Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """The first half is the value, the second the gate."""
         if fast_on_cpu(x) and not torch.is_grad_enabled():
             (value, value_bias), (gate, gate_bias) = zip(self.project.weight.chunk(2), self.project.bias.chunk(2))
-            fused = FUSED.get(x.dtype)
-            if fused is None or torch.is_autocast_enabled("cpu"):
+            fused = fused_for(x)
+            if fused is None:
                 return self.out(F.linear(x, value, value_bias).mul_(F.gelu(F.linear(x, gate, gate_bias))))
             opened = fused(x, gate, gate_bias, "gelu", [], "none")
             return self.out(fused.binary(x, opened, value, value_bias, "mul"))
@@ -242,11 +227,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         self.norm = group_norm(channels, 1e-6)
         self.linear = linear
-        self.project_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.project_in = Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
         self.blocks = nn.ModuleList(
             TransformerBlock(channels, heads, context_width, cross_only=cross_only) for _ in range(depth)
         )
-        self.project_out = zeroed(nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
+        self.project_out = zeroed(Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1))
 
     def forward(
         self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None, perturbed: bool = False

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from latentkit.errors import InputError
 from latentkit.nets.attention import Attention
+from latentkit.nets.layers import Linear
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -62,8 +63,8 @@ class TextBlock(nn.Module):
         self.norm_attention = nn.LayerNorm(width)
         self.attention = Attention(width, heads, inner=inner, qkv_bias=inner is None)
         self.norm_feed = nn.LayerNorm(width)
-        self.feed_in = nn.Linear(width, hidden or 4 * width)
-        self.feed_out = nn.Linear(hidden or 4 * width, width)
+        self.feed_in = Linear(width, hidden or 4 * width)
+        self.feed_out = Linear(hidden or 4 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
         """`mask` is boolean `b n`, True where a token counts; `causal` hides from a token those behind it."""
