@@ -1,11 +1,14 @@
 """Drawing: a batch equals its singles, a record draws its picture again, and a caller may stop at any step."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tifffile
 import torch
+from PIL import Image
 from tiny import tiny_model
 
 from latentkit.applications import generate as generating
@@ -179,11 +182,27 @@ def test_draw_gives_pictures_in_order_for_any_model() -> None:
     assert next(draw(pixels, {"steps": 1}, [None], [0])).shape == (3, 8, 8)
 
 
-def test_more_than_four_channels_go_to_tiff() -> None:
-    pytest.importorskip("tifffile")
-    model = Model(tiny_model(channels=5, text=False), {"defaults": {"steps": 1}})
-    suffix, data = results(generate(model, Unconditional(seed=1)))[0].file()
-    assert (suffix, data[:2]) == ("tiff", b"II")
+@pytest.mark.parametrize(
+    ("channels", "alpha", "suffix", "mode"),
+    [
+        (1, False, "png", "L"),
+        (2, True, "png", "LA"),
+        (2, None, "png", "LA"),
+        (2, False, "tiff", "L"),
+        (3, False, "png", "RGB"),
+        (4, True, "png", "RGBA"),
+        (4, False, "tiff", "RGB"),
+        (5, False, "tiff", "RGB"),
+    ],
+)
+def test_channels_that_no_png_holds_go_to_tiff(channels: int, alpha: bool | None, suffix: str, mode: str) -> None:
+    provenance = {"defaults": {"steps": 1}} | ({} if alpha is None else {"alpha": alpha})
+    result = results(generate(Model(tiny_model(channels=channels, text=False), provenance), Unconditional(seed=1)))[0]
+    found, data = result.file()
+    assert (found, data[:2]) == (suffix, b"II" if suffix == "tiff" else b"\x89P")
+    if suffix == "tiff":
+        assert tifffile.imread(io.BytesIO(data)).shape[-1] == channels
+    assert Image.open(io.BytesIO(result.png())).mode == mode
 
 
 def test_attachments_of_one_batch_may_differ(tmp_path: Path, picture: Path) -> None:

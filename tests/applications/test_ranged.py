@@ -21,10 +21,10 @@ from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.training.recipe import DiffusionRecipe, parse_recipe
 
 
-def drawn(**changes: object) -> Result:
+def drawn(channels: int = 1, **changes: object) -> Result:
     stated = {"kind": "linear", "low": -1024.0, "high": 3071.0, "samples": "int16", **changes}
     recipe = {"data": {"transform": {"range": stated}}}
-    model = Model(tiny_model(channels=1, text=False), {"defaults": {"steps": 1}, "recipe": recipe}, "scan")
+    model = Model(tiny_model(channels=channels, text=False), {"defaults": {"steps": 1}, "recipe": recipe}, "scan")
     return next(event for event in generate(model, Unconditional(seed=1)) if isinstance(event, Result))
 
 
@@ -37,6 +37,14 @@ def test_values_are_written_in_their_type_and_range() -> None:
     expected = (result.picture[0].double().numpy().clip(-1, 1) + 1) / 2 * 4095 - 1024
     assert np.array_equal(found, expected.round())
     assert found.min() < found.max()
+
+
+def test_alpha_is_in_no_range() -> None:
+    result = drawn(channels=2)
+    found = tifffile.imread(io.BytesIO(result.file()[1]))
+    share = (result.picture.double().numpy().clip(-1, 1) + 1) / 2
+    assert np.array_equal(found[..., 0], (share[0] * 4095 - 1024).round())
+    assert np.abs(found[..., 1] - share[1] * 32767).max() <= 0.51
 
 
 def test_a_range_that_makes_no_sense_is_refused() -> None:

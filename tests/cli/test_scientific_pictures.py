@@ -78,9 +78,46 @@ def test_what_was_learned_comes_back(
     Image.new("RGBA", (16, 16)).save("alpha.png")
     shown = {"scans/0.tif": "RGB" if channels > 2 else "L"}
     shown |= {"alpha.png": {2: "LA", 4: "RGBA"}.get(channels, "L")} if channels < 5 and values is None else {}
+    for written in Path("runs/scans/samples").glob("*.png"):
+        with Image.open(written) as sheet:
+            assert sheet.mode == shown["scans/0.tif"]
     for picture, mode in shown.items():
         typed(monkeypatch, "reconstruct", picture, "-m", "runs/scans")
         with Image.open(f"out/{Path(picture).stem}-reconstruction.png") as sheet:
+            assert sheet.mode == mode
+
+
+@pytest.mark.parametrize(("channels", "suffix", "mode"), [(2, "tiff", "L"), (4, "tiff", "RGB"), (-4, "png", "RGBA")])
+def test_plain_channels_are_drawn_as_such(
+    channels: int, suffix: str, mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of so many channels of a TIFF; of a PNG with alpha below zero."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    Path("scans").mkdir()
+    for number in range(4):
+        array = np.random.default_rng(number).integers(0, 255, (16, 16, abs(channels)), np.uint8)
+        if channels < 0:
+            Image.fromarray(array).save(f"scans/{number}.png")
+        else:
+            extra = [0] * (channels - 1)
+            tifffile.imwrite(f"scans/{number}.tif", array, photometric="minisblack", extrasamples=extra)
+    recipe = {
+        "stage": "diffusion",
+        "name": "scans",
+        "first_stage": "identity",
+        "data": {"path": "scans", "transform": {"size": 16, "channels": abs(channels)}},
+        "network": {"channels": 32, "multipliers": [1], "blocks": 1, "depth": [0], "heads": 2},
+        "averaging": {"power": []},
+        "schedule": {"steps": 1, "batch": 2, "sample_every": 1},
+        "sampling": {"steps": 1, "guidance_scale": 1.0},
+    }
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    typed(monkeypatch, "train", "recipe.yaml")
+    typed(monkeypatch, "generate", "-m", "runs/scans", "-n", "2", "--grid")
+    assert sorted(path.suffix for path in Path("out").iterdir()) == sorted([f".{suffix}"] * 2 + [".png"])
+    for written in (*Path("runs/scans/samples").glob("*.png"), *Path("out").glob("*grid*.png")):
+        with Image.open(written) as sheet:
             assert sheet.mode == mode
 
 

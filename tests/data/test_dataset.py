@@ -13,7 +13,7 @@ from latentkit.data import dataset
 from latentkit.data.dataset import Pictures, Transform, bucket_shapes, nearest_shape, substitute
 from latentkit.data.loader import Loader
 from latentkit.data.order import Order
-from latentkit.data.pictures import to_tensor
+from latentkit.data.pictures import to_png, to_tensor, to_tiff
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 
@@ -133,8 +133,6 @@ def test_flips_are_the_views_their_letters_say(tmp_path, save, flips, count):
 
 
 def test_depth_is_kept(tmp_path):
-    from latentkit.data.pictures import to_png, to_tiff
-
     x = torch.rand(1, 8, 8) * 2 - 1
     (tmp_path / "a.png").write_bytes(to_png(x, depth=16))
     (tmp_path / "b.tif").write_bytes(to_tiff(x, depth=32))
@@ -145,8 +143,6 @@ def test_depth_is_kept(tmp_path):
 
 @pytest.mark.parametrize("options", [{}, {"flips": "h"}, {"crop": "random"}])
 def test_floating_point_pictures_that_are_kept_stay_as_they_are(tmp_path, options):
-    from latentkit.data.pictures import to_tiff
-
     (tmp_path / "a.tif").write_bytes(to_tiff(torch.rand(1, 8, 8) * 2 - 1, depth=32))
     pictures = Pictures(open_source(tmp_path), Transform(size=8, channels=1, **options), 0)
     with torch.inference_mode():  # as a look at held-out pictures does
@@ -160,8 +156,6 @@ def test_floating_point_pictures_that_are_kept_stay_as_they_are(tmp_path, option
 
 
 def test_channels_that_cannot_be_read_are_named(tmp_path):
-    from latentkit.data.pictures import to_tiff
-
     (tmp_path / "bands.tif").write_bytes(to_tiff(torch.zeros(6, 8, 8)))
     source = open_source(tmp_path)
     assert Pictures(source, Transform(size=8, channels=6), 0).sample(0, 0).shape == (6, 8, 8)
@@ -375,6 +369,19 @@ def test_small_sets_are_decoded_once(source, monkeypatch):
         for index in range(24):
             pictures.sample(index, index)
     assert set(reads.values()) == {1}
+
+
+@pytest.mark.parametrize(
+    ("channels", "file", "alpha"),
+    [(4, 4, True), (4, 3, True), (2, 1, True), (3, 4, False), (1, 1, False), (2, -2, False), (4, -4, False)],
+)
+def test_whether_the_last_channel_is_alpha(tmp_path, save, channels, file, alpha):
+    """Of a PNG of so many channels, or of a TIFF of as many plain ones."""
+    if file > 0:
+        save(tmp_path / "0.png", 1, (8, 8, file))
+    else:
+        (tmp_path / "0.tif").write_bytes(to_tiff(torch.zeros(-file, 8, 8)))
+    assert Pictures(open_source(tmp_path), Transform(size=8, channels=channels), 0).alpha is alpha
 
 
 def test_transparency_lies_on_the_background(source):

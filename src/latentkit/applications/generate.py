@@ -18,8 +18,8 @@ from latentkit.applications.tasks import image_to_image, inpaint, upscale
 from latentkit.applications.tasks.adapters import decoding, knowing, opened, unsaid, wearing, within
 from latentkit.checkpoints.files import Model, Place
 from latentkit.checkpoints.parts import Parts
-from latentkit.data.pictures import tiff_of, to_png, to_tiff
-from latentkit.data.range import Range, stated
+from latentkit.data.pictures import to_png, to_range, to_tiff, visible
+from latentkit.data.range import Range, ends_in_alpha, stated
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import Denoise, Denoised, sample
 from latentkit.errors import InputError
@@ -69,13 +69,15 @@ class Progress(NamedTuple):
 class Result(NamedTuple):
     """A finished picture: its number, `c h w` in [-1, 1], and the record of how it was drawn.
 
-    `values` is the range that the model's pictures were read by, where one was stated.
+    `values` is the range that the model's pictures were read by, where one was stated; `alpha` says that the last
+    channel is alpha.
     """
 
     number: int
     picture: Tensor
     record: Record
     values: Range | None = None
+    alpha: bool = False
 
     @property
     def request(self) -> Request:
@@ -83,17 +85,18 @@ class Result(NamedTuple):
         return self.record.request
 
     def png(self) -> bytes:
-        """The PNG file, with the record in its text chunks."""
-        return to_png(self.picture, chunks(self.record))
+        """The PNG file, with the record in its text chunks; of channels that it cannot hold, the first or three."""
+        return to_png(visible(self.picture, self.alpha), chunks(self.record))
 
     def file(self) -> tuple[str, bytes]:
-        """Suffix and bytes of the file to write: PNG, or 16-bit TIFF (without record) for more than 4 channels.
+        """Suffix and bytes of the file to write: PNG, or 16-bit TIFF (without record) for channels it cannot hold.
 
         Of a model with a stated range: TIFF (without record) of values by it.
         """
         if self.values is not None:
-            return "tiff", tiff_of(self.values.to_values(self.picture))
-        return ("png", self.png()) if len(self.picture) <= 4 else ("tiff", to_tiff(self.picture))
+            return "tiff", to_range(self.picture, self.values, alpha=self.alpha)
+        fits = len(self.picture) in (1, 3) or self.alpha
+        return ("png", self.png()) if fits else ("tiff", to_tiff(self.picture))
 
 
 def generate(
@@ -221,7 +224,8 @@ def _draw(model: Model, jobs: dict[int, Request], way: _Way, before: float, part
             wide=wide or None,
             strips=way.low or None,
         )
-        yield Result(number, pixels[row].clone(), record, values)  # cloned out of inference mode: it is the caller's
+        picture = pixels[row].clone()  # out of inference mode: it is the caller's
+        yield Result(number, picture, record, values, ends_in_alpha(model.provenance, len(picture)))
 
 
 def _groups(model: Model, request: Request) -> dict[str, list[tuple[nn.Module, Place | None]]]:

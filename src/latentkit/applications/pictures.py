@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from latentkit.data.dataset import Pictures
-from latentkit.data.pictures import grid, to_png
+from latentkit.data.pictures import grid, to_png, visible
 from latentkit.data.source import Source, open_source
 from latentkit.errors import InputError
 from latentkit.training.recipe import DataRecipe
@@ -56,12 +56,7 @@ def _keep_back(source: Source) -> tuple[Source, Source]:
     return source.subset(train or range(len(source))), source.subset(held)
 
 
-def write_sheet(path: Path, pictures: Sequence[Tensor], columns: int | None = None) -> None:
-    """A sheet of pictures `c h w` as one PNG, written whole or not at all."""
+def write_sheet(path: Path, pictures: Sequence[Tensor], columns: int | None = None, *, alpha: bool = False) -> None:
+    """A sheet of pictures `c h w`, the last channel perhaps `alpha`, as one PNG, written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(FileCalls(), path, [to_png(grid([shown(p) for p in pictures], columns))])
-
-
-def shown(picture: Tensor) -> Tensor:
-    """A picture of any number of channels as something to look at: gray, gray and alpha, RGB or RGBA `c h w`."""
-    return picture if picture.shape[0] <= 4 else picture[:3]
+    replace_file(FileCalls(), path, [to_png(grid([visible(p, alpha) for p in pictures], columns))])

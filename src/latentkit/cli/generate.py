@@ -135,6 +135,7 @@ def generate(
     from latentkit.cli.models import located
     from latentkit.cli.output import check_folder, show, slug, write_new
     from latentkit.data.maps import decode_map
+    from latentkit.data.pictures import visible
 
     width, height = _size(size)
     fields = {
@@ -192,12 +193,12 @@ def generate(
         path = write_new(out, f"{slug(words) or 'picture'}-{result.request.seed}", *data)
         typer.echo(_line(path, data[1], result.request.model_dump(mode="json", exclude_none=True)) if json else path)
         if grid:
-            drawn[result.number] = result.picture
+            drawn[result.number] = visible(result.picture, result.alpha)
     if grid:
         from latentkit.data.pictures import grid as arrange
         from latentkit.data.pictures import to_png
 
-        sheet = to_png(arrange([picture if len(picture) < 5 else picture[:3] for _, picture in sorted(drawn.items())]))
+        sheet = to_png(arrange([picture for _, picture in sorted(drawn.items())]))
         path = write_new(out, "grid", "png", sheet)
         typer.echo(_line(path, sheet, {"task": "grid"}) if json else path)
 

@@ -58,7 +58,7 @@ def reconstruct(
             tiff = path.suffix.lower() in (".tif", ".tiff")
             suffix, data = as_stored(other, source, opened.values, tiff)
         else:
-            suffix, data = "png", beside(original, other, times, keeps_alpha(source, len(original)))
+            suffix, data = "png", beside(original, other, times, keeps_alpha(source.colours, len(original)))
         written, quality = write_new(out, f"{path.stem}-reconstruction", suffix, data), psnr(original, other)
         if json:
             import json as writer

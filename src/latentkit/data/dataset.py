@@ -9,7 +9,16 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from latentkit.data.pictures import MIN_SIDE, BadPicture, Picture, background_colour, resize, to_samples, to_tensor
+from latentkit.data.pictures import (
+    MIN_SIDE,
+    BadPicture,
+    Picture,
+    background_colour,
+    keeps_alpha,
+    resize,
+    to_samples,
+    to_tensor,
+)
 from latentkit.data.range import Range
 from latentkit.data.source import Item, Source
 from latentkit.diffusion.noise import keyed_bits
@@ -138,6 +147,11 @@ class Pictures:
         )
 
     @property
+    def alpha(self) -> bool:
+        """Whether the last channel of every picture is its alpha."""
+        return all(keeps_alpha(item.channels - item.alpha, self.transform.channels) for item in self.source.items)
+
+    @property
     def buckets(self) -> tuple[int, ...] | None:
         """The bucket number of every picture, for `Order`; None when all have one shape."""
         return tuple(self._buckets) if len(self.shapes) > 1 else None
@@ -241,8 +255,7 @@ class Pictures:
         x = to_tensor(picture._replace(array=array), channels, background)
         scale = max(height / tall, width / wide)
         full = max(height, round(tall * scale)), max(width, round(wide * scale))
-        alpha = channels in (2, 4) and not (x.shape[0] == array.shape[2] and not picture.has_alpha)
-        x = resize(x, *full, alpha=alpha, background=background)
+        x = resize(x, *full, alpha=keeps_alpha(picture.colours, channels), background=background)
         if self.transform.crop == "center":
             top, left = (full[0] - height) // 2, (full[1] - width) // 2
             x = x[:, top : top + height, left : left + width]

@@ -60,6 +60,11 @@ class Picture(NamedTuple):
     notes: tuple[str, ...] = ()
     samples: str | None = None
 
+    @property
+    def colours(self) -> int:
+        """Channels, alpha apart."""
+        return int(self.array.shape[2]) - self.has_alpha
+
 
 def decode(data: bytes, name: str, values: Range | None = None) -> Picture:
     """The picture in the bytes of a PNG, JPEG, WebP or TIFF file; `BadPicture` for anything else or anything damaged.
@@ -319,9 +324,14 @@ def background_colour(background: str | Sequence[int]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def keeps_alpha(picture: Picture, channels: int) -> bool:
-    """Whether the last of the channels that a picture is read as is its alpha (opaque where it has none)."""
-    return channels in (2, 4) and picture.array.shape[2] - picture.has_alpha in (1, 3)
+def keeps_alpha(colours: int, channels: int) -> bool:
+    """Whether the last of the channels that a picture of so many colours is read as is its alpha (opaque without)."""
+    return channels in (2, 4) and colours in (1, 3)
+
+
+def visible(picture: Tensor, alpha: bool) -> Tensor:
+    """A picture `c h w` as one to look at: whole where the last channel is `alpha`, else its first channel or three."""
+    return picture if alpha else picture[: 1 if len(picture) < 3 else 3]
 
 
 def to_tensor(picture: Picture, channels: int, background: str | Sequence[int] = "white") -> Tensor:
@@ -333,7 +343,7 @@ def to_tensor(picture: Picture, channels: int, background: str | Sequence[int] =
     """
     x = _to_float(picture.array)
     colours = x.shape[0] - picture.has_alpha
-    keep_alpha = keeps_alpha(picture, channels)
+    keep_alpha = keeps_alpha(colours, channels)
     alpha = (x[-1:] + 1) / 2 if picture.has_alpha else None
     x = x[:colours]
     wanted = channels - keep_alpha
@@ -418,6 +428,17 @@ def to_tiff(picture: Tensor, *, depth: int = 16) -> bytes:
     if depth not in dtypes:
         raise InputError(f"TIFF of {depth} bits is not written: use 8, 16 or 32 (floating point)")
     return tiff_of(to_samples(picture, dtypes[depth]))
+
+
+def to_range(picture: Tensor, values: Range, samples: str | None = None, *, alpha: bool = False) -> bytes:
+    """TIFF bytes of `c h w` in [-1, 1], its colours by a range, in the type `samples` or the stated one.
+
+    Alpha is in no range: it runs from zero to the highest value of the type.
+    """
+    array = values.to_values(picture[: len(picture) - alpha], samples)
+    if alpha:
+        array = np.concatenate([array, to_samples(picture[-1:], array.dtype)], axis=2)
+    return tiff_of(array, alpha=alpha)
 
 
 def tiff_of(array: np.ndarray, *, alpha: bool = False) -> bytes:

@@ -90,6 +90,11 @@ def transform_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
+def ends_in_alpha(provenance: Mapping[str, Any], channels: int) -> bool:
+    """Whether the last of so many channels of a model's pictures is alpha; where it does not say, of 2 and 4 it is."""
+    return channels in (2, 4) and provenance.get("alpha") is not False
+
+
 def stated(provenance: Mapping[str, Any], where: str) -> Range | None:
     """The range that a model's pictures were read by; InputError about `where` for one that makes no sense."""
     found = transform_of(provenance).get("range")

@@ -129,6 +129,6 @@ def sheet(source: Source, count: int = 64, side: int = 96) -> Tensor:
 
 
 def _visible(picture: Picture) -> Picture:
-    """A picture of colours that can be shown: of other channel counts the first is shown as gray."""
-    colours = picture.array.shape[2] - picture.has_alpha
-    return picture if colours in (1, 3) else Picture(picture.array[..., :1], False)
+    """A picture of colours that can be shown: of two channels the first, of more than three the first three."""
+    shown = 1 if picture.colours < 3 else 3
+    return picture if picture.colours in (1, 3) else Picture(picture.array[..., :shown], False)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from latentkit.data.pictures import Picture, grid, keeps_alpha, tiff_of, to_png, to_samples
+from latentkit.data.pictures import Picture, grid, keeps_alpha, tiff_of, to_png, to_range, to_samples, visible
 from latentkit.data.range import Range
 from latentkit.model.first_stage import FirstStage
 from latentkit.training.first_stage.losses import structure
@@ -42,9 +42,8 @@ def beside(original: Tensor, other: Tensor, times: float, alpha: bool) -> bytes:
     first is shown, of more the first three.
     """
     error = ((original - other).abs().amax(0, keepdim=True) * times - 1).clamp(-1, 1)
-    colours = 1 if len(original) - alpha < 3 else 3
-    panes = [pane if alpha else pane[:colours] for pane in (original, other)]
-    mapped, opaque = error.expand(colours, -1, -1), torch.ones_like(error)[:alpha]
+    panes = [visible(pane, alpha) for pane in (original, other)]
+    mapped, opaque = error.expand(len(panes[0]) - alpha, -1, -1), torch.ones_like(error)[:alpha]
     text = f"a picture, its reconstruction, and the largest error of any channel times {times:g}"
     return to_png(grid([*panes, torch.cat([mapped, opaque])], 3), {"Description": text})
 
@@ -54,12 +53,9 @@ def as_stored(picture: Tensor, source: Picture, values: Range | None, tiff: bool
 
     PNG where that can hold it and the source is no `tiff`, else TIFF. Alpha is in no stated range.
     """
-    alpha = keeps_alpha(source, len(picture))
+    alpha = keeps_alpha(source.colours, len(picture))
     if values is not None and source.samples is not None:
-        colours = len(picture) - alpha
-        parts = [values.to_values(picture[:colours], source.samples)]
-        parts += [to_samples(picture[colours:], parts[0].dtype)] * alpha
-        return "tiff", tiff_of(np.concatenate(parts, axis=2), alpha=alpha)
+        return "tiff", to_range(picture, values, source.samples, alpha=alpha)
     dtype = source.array.dtype
     if not tiff and dtype == np.uint8 and (len(picture) in (1, 3) or alpha):
         return "png", to_png(picture)

@@ -12,13 +12,13 @@ from torch import Tensor
 from latentkit.applications.fit.division import MOST_COMPARED, MOST_HELD, MOST_REFERENCE, duration
 from latentkit.applications.fit.plan import FitPlan, describe
 from latentkit.applications.generate import draw
-from latentkit.applications.pictures import open_data, shown
+from latentkit.applications.pictures import open_data
 from latentkit.applications.stages.train_autoencoder import pairs
 from latentkit.applications.stages.train_diffusion import multiple
 from latentkit.checkpoints.files import RUN_MODEL, load, load_autoencoder
 from latentkit.data import report as counts
 from latentkit.data.dataset import Pictures
-from latentkit.data.pictures import to_png
+from latentkit.data.pictures import to_png, visible
 from latentkit.data.source import Item, Source, track
 from latentkit.evaluation import report
 from latentkit.evaluation.journal import curves, lines
@@ -54,7 +54,7 @@ def write_report(plan: FitPlan, run: Path, model: Path, source: Source) -> str:
     figures = _figures(run, plan, found, unseen, references, copies)
     captions = [word or f"seed {seed}" for seed, word in enumerate(words)]
     sections = [
-        ("What it draws", report.pictures([_figure(x, c) for x, c in list(zip(drawn, captions))[:SHOWN]])),
+        ("What it draws", report.pictures([_figure(x, c, train.alpha) for x, c in list(zip(drawn, captions))[:SHOWN]])),
         ("What to make of it", report.verdict(_verdict(run, train, held, copies, len(drawn)))),
         ("In figures", report.table(figures)),
         ("First stage", _first_stage(run / "autoencoder", network.first_stage.latent_std)),
@@ -84,8 +84,8 @@ def _evenly(length: int, most: int) -> list[int]:
     return [i * length // most for i in range(most)] if length > most else list(range(length))
 
 
-def _figure(picture: Tensor, caption: str) -> Figure:
-    return Figure(to_png(shown(picture)), caption)
+def _figure(picture: Tensor, caption: str, alpha: bool) -> Figure:
+    return Figure(to_png(visible(picture, alpha)), caption)
 
 
 def _figures(
@@ -201,8 +201,8 @@ def _neighbours(
     for row in distance.argsort()[:PAIRS].tolist():
         index = chosen[int(copies.nearest.place[row])]
         share = f"{float(distance[row]) / copies.held:.2f} of the usual distance" if copies.held > 0 else "no scale"
-        training = _figure(train.view(index, 0)[1], f"training: {train.source.items[index].key} ({share})")
-        found.append((_figure(drawn[row], f"drawn: {captions[row]}"), training))
+        training = _figure(train.view(index, 0)[1], f"training: {train.source.items[index].key} ({share})", train.alpha)
+        found.append((_figure(drawn[row], f"drawn: {captions[row]}", train.alpha), training))
     note = f"The {min(PAIRS, len(drawn))} of {len(drawn)} drawn pictures that lie nearest to a training picture."
     return report.paragraph(note) + report.pairs(found)
 

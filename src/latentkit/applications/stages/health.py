@@ -9,11 +9,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from latentkit.applications.pictures import open_data, shown
+from latentkit.applications.pictures import open_data
 from latentkit.applications.stages.train_autoencoder import OWN_PERCEPTUAL
 from latentkit.checkpoints.files import RUN_MODEL, load_autoencoder
 from latentkit.data.dataset import Pictures
-from latentkit.data.pictures import to_png
+from latentkit.data.pictures import to_png, visible
 from latentkit.data.source import track
 from latentkit.errors import InputError
 from latentkit.evaluation import report
@@ -282,9 +282,8 @@ def _extremes(first_stage: FirstStage, held: Pictures, rows: Sequence[tuple[floa
             original = held.view(place, 0)[1]
             other = reconstruct(first_stage, original).picture
             name = held.source.items[place].key
-            captions = (name, f"{quality:.1f} dB")
-            panes = [Figure(to_png(shown(x)), caption) for x, caption in zip((original, other), captions, strict=True)]
-            figures.append((panes[0], panes[1]))
+            panes = [to_png(visible(x, held.alpha)) for x in (original, other)]
+            figures.append((Figure(panes[0], name), Figure(panes[1], f"{quality:.1f} dB")))
         parts.append(report.paragraph(f"{title}, each picture beside its reconstruction:") + report.pairs(figures))
     return "".join(parts)
 

@@ -99,6 +99,7 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
                     "recipe": resolved(recipe),
                     "data": train.source.fingerprint,
                     "pictures": len(train),
+                    "alpha": train.alpha,
                     "steps": trainer.step,
                     "licence": recipe.licence,
                     "versions": {"latentkit": __version__, "torch": str(torch.__version__)},
@@ -181,4 +182,4 @@ def _look(
     values |= {"latent_mean": mean.tolist(), "latent_std": (square - mean.square()).clamp_min(0).sqrt().tolist()}
     trainer.log({f"validation/{name}": value for name, value in values.items() if value is not None})
     sheet = [original for original, _ in shown] + [decoded for _, decoded in shown]
-    write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet, len(shown))
+    write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet, len(shown), alpha=held.alpha)

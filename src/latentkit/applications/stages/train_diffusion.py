@@ -72,6 +72,10 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
     objective = DiffusionObjective(model, recipe.loss, recipe.seed)
     every = recipe.schedule.sample_every
     validation = validation_batches(held_data, held) if every else []
+
+    def look(step: int, trainer: Trainer) -> None:
+        _look(step, trainer, objective, recipe, validation, train.alpha)
+
     with RunFolder(folder, resolved(recipe), writes=world.main) as run:
         trainer = Trainer(
             objective,
@@ -80,24 +84,25 @@ def train_diffusion(recipe: DiffusionRecipe, folder: Path) -> Path:
             schedule=recipe.schedule,
             optimiser=recipe.optimiser,
             averaging=recipe.averaging,
-            callbacks=[Callback(every, lambda step, t: _look(step, t, objective, recipe, validation))] if every else (),
+            callbacks=[Callback(every, look)] if every else (),
             seed=recipe.seed,
         )
         trainer.train()
         path = folder / "model.safetensors"
         if world.main:
             with trainer.ema.applied():
-                save_model(path, model, provenance(recipe, train.source, trainer.step), torch.bfloat16)
+                save_model(path, model, provenance(recipe, train, trainer.step), torch.bfloat16)
         distributed.barrier()
     return path
 
 
-def provenance(recipe: DiffusionRecipe, source: Source, steps: int) -> dict[str, Any]:
+def provenance(recipe: DiffusionRecipe, train: Pictures, steps: int) -> dict[str, Any]:
     """Where a model came from, for its file."""
     return {
         "recipe": resolved(recipe),
-        "data": source.fingerprint,
-        "pictures": len(source),
+        "data": train.source.fingerprint,
+        "pictures": len(train),
+        "alpha": train.alpha,
         "steps": steps,
         "licence": recipe.licence,
         "versions": {"latentkit": __version__, "torch": str(torch.__version__)},
@@ -235,9 +240,14 @@ def sample_prompts(model: LatentDiffusion, recipe: DiffusionRecipe, captions: li
 
 
 def _look(
-    step: int, trainer: Trainer, objective: DiffusionObjective, recipe: DiffusionRecipe, batches: Sequence[Batch]
+    step: int,
+    trainer: Trainer,
+    objective: DiffusionObjective,
+    recipe: DiffusionRecipe,
+    batches: Sequence[Batch],
+    alpha: bool,
 ) -> None:
-    """Validation loss and a sheet of samples, with the averaged weights."""
+    """Validation loss and a sheet of samples, the last channel perhaps `alpha`, with the averaged weights."""
     if not trainer.world.main:
         return
     model = objective.model
@@ -248,7 +258,7 @@ def _look(
         trainer.log(validate(objective, batches))
         trainer.log({f"validation/{name}": value for name, value in objective.bound(batches[0]).items()})
         sheet = list(draw(model, sampling_defaults(recipe), prompts, range(len(prompts))))
-    write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet)
+    write_sheet(trainer.run.samples / f"step-{step:08d}.png", sheet, alpha=alpha)
 
 
 def sampling_defaults(recipe: DiffusionRecipe) -> dict[str, Any]:
