@@ -5,6 +5,7 @@ python benchmarks/speed.py [--parts autoencoder unet generation sd-unet sd-decod
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -41,14 +42,18 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - begun
 
 
-def best_peer(part: "Part", compiled: list[bool]) -> "tuple[Variant, dict[str, float | str]]":
-    """The peer's fastest variant in a short pre-run, and the seconds (or the failure) of each."""
+def best_peer(part: "Part", compiled: bool) -> "tuple[Variant, dict[str, float | str]]":
+    """The peer's fastest variant in a short pre-run, and the seconds (or the failure) of each.
+
+    Eager in both types and formats, then compiled in both formats of the faster type.
+    """
     import torch
     from peer import Variant, trusted
 
     found: dict[Variant, float] = {}
     told: dict[str, float | str] = {}
-    for variant in (Variant(b, c, k) for k in compiled for b in (True, False) for c in (True, False)):
+
+    def tried(variant: Variant) -> None:
         try:
             torch.compiler.reset()
             if part.gradients is not None:
@@ -60,10 +65,20 @@ def best_peer(part: "Part", compiled: list[bool]) -> "tuple[Variant, dict[str, f
         except Exception as error:
             told[str(variant)] = f"failed: {str(error).splitlines()[0][:80] if str(error) else type(error).__name__}"
         say(f"  peer {variant}: {told[str(variant)]}")
-    return min(found, key=lambda variant: found[variant]), told
+
+    def best() -> Variant:
+        return min(found, key=lambda variant: found[variant])
+
+    for bf16, channels_last in itertools.product((True, False), repeat=2):
+        tried(Variant(bf16, channels_last, False))
+    if compiled:
+        bf16 = best().bf16
+        for channels_last in (True, False):
+            tried(Variant(bf16, channels_last, True))
+    return best(), told
 
 
-def time_part(name: str, sizes: "Sizes", folder: Path, pairs: int, compiled: list[bool]) -> dict[str, Any]:
+def time_part(name: str, sizes: "Sizes", folder: Path, pairs: int, compiled: bool) -> dict[str, Any]:
     """Agreement, then alternating runs of ours and of the peer's best variant."""
     from parts import MAKERS
 
@@ -212,7 +227,7 @@ def main() -> None:
             if arguments.profile:
                 parts[name] = child(arguments, job | {"do": "profile", "rows": arguments.rows})
                 continue
-            compiled = [False] if arguments.quick or arguments.no_compile else [False, True]
+            compiled = not (arguments.quick or arguments.no_compile)
             pairs = 2 if arguments.quick else arguments.pairs
             found = child(arguments, job | {"do": "time", "pairs": pairs, "compiled": compiled})
             eager = found["peer_variant"] | {"compiled": False}

@@ -188,21 +188,28 @@ def test_draw_gives_pictures_in_order_for_any_model() -> None:
         (1, False, "png", "L"),
         (2, True, "png", "LA"),
         (2, None, "png", "LA"),
-        (2, False, "tiff", "L"),
+        (2, False, "tiff", None),
         (3, False, "png", "RGB"),
+        (3, None, "png", "RGB"),
         (4, True, "png", "RGBA"),
-        (4, False, "tiff", "RGB"),
-        (5, False, "tiff", "RGB"),
+        (4, False, "tiff", None),
+        (5, False, "tiff", None),
+        (5, None, "tiff", None),
     ],
 )
-def test_channels_that_no_png_holds_go_to_tiff(channels: int, alpha: bool | None, suffix: str, mode: str) -> None:
+def test_channels_that_no_png_holds_go_to_tiff(
+    channels: int, alpha: bool | None, suffix: str, mode: str | None
+) -> None:
     provenance = {"defaults": {"steps": 1}} | ({} if alpha is None else {"alpha": alpha})
     result = results(generate(Model(tiny_model(channels=channels, text=False), provenance), Unconditional(seed=1)))[0]
     found, data = result.file()
     assert (found, data[:2]) == (suffix, b"II" if suffix == "tiff" else b"\x89P")
-    if suffix == "tiff":
+    if mode is None:
         assert tifffile.imread(io.BytesIO(data)).shape[-1] == channels
-    assert Image.open(io.BytesIO(result.png())).mode == mode
+        with pytest.raises(InputError, match=f"cannot hold {channels} plain channels"):
+            result.png()
+    else:
+        assert Image.open(io.BytesIO(data)).mode == mode
 
 
 def test_attachments_of_one_batch_may_differ(tmp_path: Path, picture: Path) -> None:

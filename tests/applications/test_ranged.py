@@ -14,6 +14,7 @@ from latentkit.applications.request import Unconditional
 from latentkit.applications.stages.train_autoencoder import _begin
 from latentkit.applications.stages.train_diffusion import _first_stage
 from latentkit.checkpoints.files import Model, save_autoencoder
+from latentkit.data.pictures import decode
 from latentkit.data.range import Range
 from latentkit.errors import InputError
 from latentkit.model.first_stage import FirstStage
@@ -21,27 +22,31 @@ from latentkit.nets.autoencoder import Autoencoder, AutoencoderConfig
 from latentkit.training.recipe import DiffusionRecipe, parse_recipe
 
 
-def drawn(channels: int = 1, **changes: object) -> Result:
+def drawn(channels: int = 1, alpha: bool | None = None, **changes: object) -> Result:
     stated = {"kind": "linear", "low": -1024.0, "high": 3071.0, "samples": "int16", **changes}
-    recipe = {"data": {"transform": {"range": stated}}}
-    model = Model(tiny_model(channels=channels, text=False), {"defaults": {"steps": 1}, "recipe": recipe}, "scan")
+    provenance = {"defaults": {"steps": 1}, "recipe": {"data": {"transform": {"range": stated}}}}
+    provenance |= {} if alpha is None else {"alpha": alpha}
+    model = Model(tiny_model(channels=channels, text=False), provenance, "scan")
     return next(event for event in generate(model, Unconditional(seed=1)) if isinstance(event, Result))
 
 
-def test_values_are_written_in_their_type_and_range() -> None:
-    result = drawn()
+@pytest.mark.parametrize(("channels", "alpha"), [(1, None), (2, None), (2, False), (4, False)])
+def test_values_are_written_in_their_type_and_range(channels: int, alpha: bool | None) -> None:
+    result = drawn(channels, alpha)
     suffix, data = result.file()
-    found = tifffile.imread(io.BytesIO(data))
+    found = tifffile.imread(io.BytesIO(data)).reshape(*result.picture.shape[1:], channels)
     assert suffix == "tiff"
     assert found.dtype == np.int16
-    expected = (result.picture[0].double().numpy().clip(-1, 1) + 1) / 2 * 4095 - 1024
+    assert not decode(data, "scan", result.values).has_alpha
+    expected = (result.picture.permute(1, 2, 0).double().numpy().clip(-1, 1) + 1) / 2 * 4095 - 1024
     assert np.array_equal(found, expected.round())
     assert found.min() < found.max()
 
 
 def test_alpha_is_in_no_range() -> None:
-    result = drawn(channels=2)
+    result = drawn(channels=2, alpha=True)
     found = tifffile.imread(io.BytesIO(result.file()[1]))
+    assert decode(result.file()[1], "scan", result.values).has_alpha
     share = (result.picture.double().numpy().clip(-1, 1) + 1) / 2
     assert np.array_equal(found[..., 0], (share[0] * 4095 - 1024).round())
     assert np.abs(found[..., 1] - share[1] * 32767).max() <= 0.51

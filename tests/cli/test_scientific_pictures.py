@@ -119,6 +119,7 @@ def test_plain_channels_are_drawn_as_such(
     for written in (*Path("runs/scans/samples").glob("*.png"), *Path("out").glob("*grid*.png")):
         with Image.open(written) as sheet:
             assert sheet.mode == mode
+    typed(monkeypatch, "compare-samplers", "-m", "runs/scans", "--steps", "1", "--sampler", "ddim", "-o", "compared")
 
 
 def _stored(share: np.ndarray, dtype: str, values: dict[str, Any] | None) -> np.ndarray:

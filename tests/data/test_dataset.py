@@ -381,7 +381,11 @@ def test_whether_the_last_channel_is_alpha(tmp_path, save, channels, file, alpha
         save(tmp_path / "0.png", 1, (8, 8, file))
     else:
         (tmp_path / "0.tif").write_bytes(to_tiff(torch.zeros(-file, 8, 8)))
-    assert Pictures(open_source(tmp_path), Transform(size=8, channels=channels), 0).alpha is alpha
+    pictures = Pictures(open_source(tmp_path), Transform(size=8, channels=channels), 0)
+    assert pictures.alpha is alpha
+    if channels == file == 4:  # and so are others beside it, or it is none
+        (tmp_path / "1.tif").write_bytes(to_tiff(torch.zeros(4, 8, 8)))
+        assert not Pictures(open_source(tmp_path), pictures.transform, 0).alpha
 
 
 def test_transparency_lies_on_the_background(source):

@@ -71,6 +71,14 @@ def test_the_command(folder, tmp_path):
         CliRunner().invoke(app, ["check", str(tmp_path / "none")], catch_exceptions=False)
 
 
+@pytest.mark.parametrize(("bands", "seen"), [(2, [255, 255, 255]), (4, [255, 0, 128]), (6, [255, 0, 128])])
+def test_a_sheet_shows_the_first_band_or_three(tmp_path, bands, seen):
+    values = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 1.0])[:bands, None, None]
+    (tmp_path / "bands.tif").write_bytes(to_tiff(values.expand(-1, 8, 8)))
+    picture = report.sheet(open_source(tmp_path), side=8)[:, 3:7, 3:7]
+    assert ((picture.mean((1, 2)) + 1) * 127.5).round().tolist() == pytest.approx(seen, abs=1)
+
+
 def test_long_lists_are_cut_with_their_count(tmp_path, save):
     save(tmp_path / "a.png", 0)
     for i in range(30):

@@ -240,10 +240,15 @@ def test_a_large_linear_layer_is_torchs_and_does_not_depend_on_the_batch(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    own = layers.FUSED[torch.float32]
-    monkeypatch.setitem(layers.FUSED, torch.float32, lambda *given: calls.append(0) or own(*given))
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None, *others: object) -> Tensor:
+        calls.append(x.dtype)
+        return own(x, weight, bias, *others) if own else F.linear(x, weight, bias)
+
+    own = layers.FUSED.get(torch.float32)
+    monkeypatch.setattr(layers, "FUSED", dict.fromkeys((torch.float32, torch.bfloat16), counted))
     module, x = layers.Linear(256, 256, bias=bias), random(2, 256, 256)
-    plain = torch.nn.functional.linear(x, module.weight, module.bias)
+    plain = F.linear(x, module.weight, module.bias)
     assert torch.equal(module(x), plain)
     assert not calls  # with gradients it is torch's
     with torch.no_grad():
@@ -252,11 +257,13 @@ def test_a_large_linear_layer_is_torchs_and_does_not_depend_on_the_batch(
         assert torch.equal(both[:1], module(x[:1]))
         assert len(calls) == 2
         for small in (x[:, :255], x[0], x[:, 0]):
-            assert apart(module(small), torch.nn.functional.linear(small, module.weight, module.bias).double()) < 1e-5
+            assert apart(module(small), F.linear(small, module.weight, module.bias).double()) < 1e-5
         assert module.double()(x.double()).dtype == torch.float64
         assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):
             assert module.float()(x).dtype == torch.bfloat16
+        tangent = torch.func.jvp(module, (x,), (x,))[1]
+        assert apart(tangent, F.linear(x, module.weight).double()) < 1e-5
         traced = torch.jit.trace(module, x, check_trace=False)  # type: ignore[no-untyped-call]
     assert len(calls) == 2
     assert "mkldnn" not in str(traced.inlined_graph)

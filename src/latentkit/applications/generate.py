@@ -18,7 +18,7 @@ from latentkit.applications.tasks import image_to_image, inpaint, upscale
 from latentkit.applications.tasks.adapters import decoding, knowing, opened, unsaid, wearing, within
 from latentkit.checkpoints.files import Model, Place
 from latentkit.checkpoints.parts import Parts
-from latentkit.data.pictures import to_png, to_range, to_tiff, visible
+from latentkit.data.pictures import to_png, to_range, to_tiff
 from latentkit.data.range import Range, ends_in_alpha, stated
 from latentkit.diffusion.noise import PictureNoise
 from latentkit.diffusion.samplers.driver import Denoise, Denoised, sample
@@ -85,8 +85,10 @@ class Result(NamedTuple):
         return self.record.request
 
     def png(self) -> bytes:
-        """The PNG file, with the record in its text chunks; of channels that it cannot hold, the first or three."""
-        return to_png(visible(self.picture, self.alpha), chunks(self.record))
+        """The PNG file, with the record in its text chunks; InputError for channels that it cannot hold."""
+        if not self._fits:
+            raise InputError(f"PNG cannot hold {len(self.picture)} plain channels: `file` gives a TIFF")
+        return to_png(self.picture, chunks(self.record))
 
     def file(self) -> tuple[str, bytes]:
         """Suffix and bytes of the file to write: PNG, or 16-bit TIFF (without record) for channels it cannot hold.
@@ -95,8 +97,11 @@ class Result(NamedTuple):
         """
         if self.values is not None:
             return "tiff", to_range(self.picture, self.values, alpha=self.alpha)
-        fits = len(self.picture) in (1, 3) or self.alpha
-        return ("png", self.png()) if fits else ("tiff", to_tiff(self.picture))
+        return ("png", self.png()) if self._fits else ("tiff", to_tiff(self.picture))
+
+    @property
+    def _fits(self) -> bool:
+        return len(self.picture) in (1, 3) or self.alpha
 
 
 def generate(

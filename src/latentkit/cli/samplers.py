@@ -106,13 +106,13 @@ def compare_samplers(
 
 def _sheet(found: "list[Drawn]") -> "Tensor":
     """A row of each sampler and spacing, a column of each step count; what is what is written under each cell."""
-    from latentkit.data.pictures import grid
+    from latentkit.data.pictures import grid, visible
 
     cells = []
     for drawn in found:
         name = drawn.sampler if drawn.spacing is None else f"{drawn.sampler} {drawn.spacing}"
         apart = "random" if drawn.distance is None else f"{100 * float(drawn.distance.mean()):.1f} %"
-        pictures = grid([picture[:3] for picture in drawn.pictures], len(drawn.pictures))
+        pictures = grid([visible(picture, alpha=False) for picture in drawn.pictures], len(drawn.pictures))
         cells.append(_labelled(pictures, f"{name}", f"{drawn.evaluations} ev.  {apart}"))
     return grid(cells, len({drawn.steps for drawn in found}))
 

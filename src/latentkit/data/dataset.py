@@ -108,7 +108,7 @@ class Pictures:
     Sides are multiples of `multiple` with buckets. Pictures scaled to their bucket are kept in memory, rounded to the
     depth of their file, when all of them fit in a quarter of what is free. A picture that went bad after it was
     indexed is replaced by another of its bucket (the same each time), and named in `replaced`; more than 0.1 % and
-    more than 10 of them are an `InputError`.
+    more than 10 of them are an `InputError`. `alpha` says that the last channel of every picture is its alpha.
     """
 
     field = "pixels"
@@ -127,6 +127,7 @@ class Pictures:
         self._buckets = [shape_of[item.height, item.width] for item in source.items]
         for item in source.items:
             _check_channels(item, transform)
+        self.alpha = all(keeps_alpha(item.channels - item.alpha, transform.channels) for item in source.items)
         self.replaced: dict[str, str] = {}
         self._bad: dict[int, str] = {}
         self._kept: dict[tuple[int, float], Tensor] | None = (
@@ -145,11 +146,6 @@ class Pictures:
             int(np.prod(self.shapes[bucket]) * self.transform.channels * np.dtype(item.depth).itemsize * overhang)
             for item, bucket in zip(self.source.items, self._buckets, strict=True)
         )
-
-    @property
-    def alpha(self) -> bool:
-        """Whether the last channel of every picture is its alpha."""
-        return all(keeps_alpha(item.channels - item.alpha, self.transform.channels) for item in self.source.items)
 
     @property
     def buckets(self) -> tuple[int, ...] | None:

@@ -325,7 +325,7 @@ def background_colour(background: str | Sequence[int]) -> tuple[int, int, int]:
 
 
 def keeps_alpha(colours: int, channels: int) -> bool:
-    """Whether the last of the channels that a picture of so many colours is read as is its alpha (opaque without)."""
+    """Whether the last of the channels that a picture of so many colours is read as is alpha: opaque if it has none."""
     return channels in (2, 4) and colours in (1, 3)
 
 
@@ -394,7 +394,7 @@ def resize(
 
 
 def to_samples(picture: Tensor, dtype: Any) -> np.ndarray:
-    """`c h w` in [-1, 1] as the h w c array of a file: rounded to uint8 or uint16, or 0..1 in float32."""
+    """`c h w` in [-1, 1] as the h w c array of a file: 0 to the highest whole number of its type, or 0..1."""
     if not torch.isfinite(picture).all():
         raise InputError("the picture holds NaN or infinite values and was not written")
     x = (picture.detach().cpu().float().clamp(-1, 1) + 1).permute(1, 2, 0)
@@ -433,7 +433,7 @@ def to_tiff(picture: Tensor, *, depth: int = 16) -> bytes:
 def to_range(picture: Tensor, values: Range, samples: str | None = None, *, alpha: bool = False) -> bytes:
     """TIFF bytes of `c h w` in [-1, 1], its colours by a range, in the type `samples` or the stated one.
 
-    Alpha is in no range: it runs from zero to the highest value of the type.
+    Alpha is in no range: it runs from zero to the highest value of the type, of floats to 1.
     """
     array = values.to_values(picture[: len(picture) - alpha], samples)
     if alpha:

@@ -91,8 +91,12 @@ def transform_of(provenance: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def ends_in_alpha(provenance: Mapping[str, Any], channels: int) -> bool:
-    """Whether the last of so many channels of a model's pictures is alpha; where it does not say, of 2 and 4 it is."""
-    return channels in (2, 4) and provenance.get("alpha") is not False
+    """Whether the last of so many channels of a model's pictures is alpha.
+
+    Models of 2 and 4 channels from before that was told are taken to have it, unless their range is stated.
+    """
+    told = provenance.get("alpha", transform_of(provenance).get("range") is None)
+    return channels in (2, 4) and told is True
 
 
 def stated(provenance: Mapping[str, Any], where: str) -> Range | None:

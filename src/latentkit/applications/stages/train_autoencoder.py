@@ -99,7 +99,6 @@ def train_autoencoder(recipe: AutoencoderRecipe, folder: Path) -> Path:
                     "recipe": resolved(recipe),
                     "data": train.source.fingerprint,
                     "pictures": len(train),
-                    "alpha": train.alpha,
                     "steps": trainer.step,
                     "licence": recipe.licence,
                     "versions": {"latentkit": __version__, "torch": str(torch.__version__)},
