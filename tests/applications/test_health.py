@@ -1,5 +1,7 @@
 """The health page: of finished, broken and unfinished runs, and what it says of each thing that is wrong."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -15,11 +17,14 @@ from latentkit.applications.stages.health import Found, look, verdict, write_hea
 from latentkit.applications.stages.train import train
 from latentkit.checkpoints.files import load_autoencoder
 from latentkit.data.dataset import Pictures, Transform
+from latentkit.data.pictures import to_png, to_tiff
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 from latentkit.evaluation.first_stage import Codes
 from latentkit.evaluation.latents import statistics
 from latentkit.evaluation.reconstruction import psnr, reconstruct
+from latentkit.model.first_stage import FirstStage
+from latentkit.nets.autoencoder import AutoencoderConfig
 from latentkit.training.recipe import AutoencoderRecipe, parse_recipe
 
 
@@ -242,3 +247,15 @@ def test_levels_that_are_hardly_used_are_not_called_a_codebook() -> None:
 def test_what_is_said_of_training(known: dict[str, Any], said: str) -> None:
     (sentence,) = verdict(recipe(Path("x")), known, good())
     assert said in sentence
+
+
+@pytest.mark.parametrize(("alpha", "mode"), [(True, "RGBA"), (False, "RGB")])
+def test_four_channels_are_shown_as_what_they_are(tmp_path: Path, alpha: bool, mode: str) -> None:
+    picture = torch.zeros(4, 16, 16)
+    name, data = ("0.png", to_png(picture)) if alpha else ("0.tif", to_tiff(picture))
+    (tmp_path / name).write_bytes(data)
+    config = AutoencoderConfig(picture_channels=4, channels=32, multipliers=(1,), blocks=1, attention=False)
+    held = Pictures(open_source(tmp_path), Transform(size=16, channels=4), 0)
+    page = health._extremes(FirstStage(config, 3).eval(), held, [(1.0, 1.0, 0)])
+    shown = [Image.open(io.BytesIO(base64.b64decode(found))) for found in re.findall(r"base64,([^\"']+)", page)]
+    assert {image.mode for image in shown} == {mode}

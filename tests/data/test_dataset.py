@@ -13,7 +13,7 @@ from latentkit.data import dataset
 from latentkit.data.dataset import Pictures, Transform, bucket_shapes, nearest_shape, substitute
 from latentkit.data.loader import Loader
 from latentkit.data.order import Order
-from latentkit.data.pictures import to_png, to_tensor, to_tiff
+from latentkit.data.pictures import tiff_of, to_png, to_tensor, to_tiff
 from latentkit.data.source import open_source
 from latentkit.errors import InputError
 
@@ -386,6 +386,14 @@ def test_whether_the_last_channel_is_alpha(tmp_path, save, channels, file, alpha
     if channels == file == 4:  # and so are others beside it, or it is none
         (tmp_path / "1.tif").write_bytes(to_tiff(torch.zeros(4, 8, 8)))
         assert not Pictures(open_source(tmp_path), pictures.transform, 0).alpha
+
+
+def test_the_last_of_four_bands_does_not_hide_the_others(tmp_path):
+    """Nor where an alpha of the file's own follows them."""
+    array = np.broadcast_to(np.array([200, 100, 50, 0, 255], np.uint8), (16, 16, 5))
+    (tmp_path / "0.tif").write_bytes(tiff_of(array, alpha=True))
+    seen = Pictures(open_source(tmp_path), Transform(size=8, channels=4), 0).sample(0, 0)
+    assert ((seen.mean((1, 2)) + 1) * 127.5).tolist() == pytest.approx([200, 100, 50, 0], abs=1)
 
 
 def test_transparency_lies_on_the_background(source):
